@@ -1,0 +1,34 @@
+# Every target sets its environment up first; where nothing changed that takes 1-2 s.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
+            $(shell $(name) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+VENV := .venv/bin/python
+TOOLS := .venv/environment/bin
+
+.PHONY: setup demo test test-fast lint bench-store clean
+
+setup:
+	@test -n "$(PYTHON)" || { echo "make: no Python found; install python3.11" >&2; exit 1; }
+	@$(PYTHON) .ci/environment.py
+
+demo: setup
+	@$(VENV) bench/demo.py
+
+test: setup
+	$(VENV) -m pytest
+
+test-fast: setup
+	$(VENV) -m pytest -m "not engine"
+
+lint: setup
+	$(TOOLS)/ruff check .
+	$(TOOLS)/ruff format --check .
+	$(VENV) -m mypy
+
+bench-store: setup
+	$(VENV) bench/store.py
+
+clean:
+	rm -rf .venv build dist *.egg-info sglang_bridge/cpu_platform/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-report.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

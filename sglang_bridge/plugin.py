@@ -1,0 +1,230 @@
+"""The plugin's entry point: which hooks go where, in which process.
+
+SGLang calls ``register`` in every process that it starts, before it parses its flags. With
+no arena asked for, nothing is registered. Otherwise:
+
+- the launcher (no parent process of ours) learns the flags, checks that this SGLang is one
+  the bridge knows, refuses what it cannot keep its promises with, and reaps arenas when
+  its engine has gone;
+- a scheduler gets the capture hooks.
+
+Errors end the process: SGLang swallows a plugin's exceptions, and an engine without its
+hooks would go on natively.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from shmroute import reaper, segments
+
+from . import settings, sites
+from .errors import StartRefused
+from .settings import Settings
+
+logger = logging.getLogger("shmroute")
+
+
+def register() -> None:
+    """Entry point of ``sglang.srt.plugins``; calling it again does nothing more."""
+    try:
+        asked = Settings.from_environment().arena
+        if multiprocessing.parent_process() is None:
+            if asked or settings.flags_wanted():
+                _register_launcher()
+        elif asked and "sglang.srt.managers.scheduler" in sys.modules:
+            _register_scheduler()
+    except (StartRefused, ValueError) as error:
+        # SystemExit, because SGLang's loader swallows every Exception.
+        raise SystemExit(f"shmroute: the engine does not start: {error}") from error
+
+
+def _hook(site: sites.Site, hook: Callable[..., Any], kind: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(site.target, hook, HookType[kind])
+
+
+def _apply(*hooked: sites.Site) -> None:
+    """Apply now instead of after ``register``, so that a hook that does not hold is noticed."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+    sites.check_hooked(hooked)
+
+
+# -- launcher ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _register_launcher() -> None:
+    basic = (sites.ADD_ARGUMENTS, sites.FROM_ARGUMENTS, sites.RESOLVE)
+    sites.check_sites(basic)
+    _hook(sites.ADD_ARGUMENTS, _add_arguments, "AFTER")
+    _hook(sites.FROM_ARGUMENTS, _from_arguments, "AROUND")
+    _hook(sites.RESOLVE, _resolve, "AROUND")
+    _apply(*basic)
+
+
+def _add_arguments(_result: None, parser: Any) -> None:
+    settings.add_arguments(parser)
+
+
+def _from_arguments(original: Callable[..., Any], cls: type, arguments: Any) -> Any:
+    try:
+        settings.from_arguments(arguments).to_environment()
+    except ValueError as error:
+        raise SystemExit(f"shmroute: {error}") from error
+    return original(cls, arguments)
+
+
+def _resolve(original: Callable[[Any], None], arguments: Any) -> None:
+    """Around ``ServerArgs.resolve_once``: the one place that every way of starting passes."""
+    wanted = Settings.from_environment()
+    if not wanted.arena:
+        return original(arguments)
+    fresh = not getattr(arguments, "_resolution_finished", False)
+    if fresh:
+        arguments.enable_return_routed_experts = True
+    original(arguments)
+    prepare_launch(wanted, arguments)
+    return None
+
+
+def prepare_launch(wanted: Settings, arguments: Any) -> None:
+    """Check everything that can be known before processes are started, then hook the launcher.
+
+    Raises
+    ------
+    StartRefused
+        This SGLang or this configuration is not one in which routes are known to be right.
+    ArenaTooSmall
+        /dev/shm or the memory limit cannot hold the arenas.
+    """
+    from .refused import refuse_features
+
+    if not arguments.enable_return_routed_experts:
+        raise StartRefused("the ServerArgs were resolved without enable_return_routed_experts")
+    refuse_features(arguments)
+    sites.check_sites((*sites.LAUNCHER, *sites.SCHEDULER, *sites.USED))
+    sites.check_attributes()
+    reaper.reap(wanted.arena)
+    # The arenas themselves are made once the model's layers are known; that they would fit
+    # is checked before minutes of loading.
+    segments.check_memory(wanted.capacity * max(1, arguments.dp_size), wanted.arena)
+    _hook_launcher(wanted.arena)
+
+
+@functools.cache
+def _hook_launcher(arena: str) -> None:
+    _hook(sites.CHAT, _refuse_several_choices, "AFTER")
+    _hook(sites.COMPLETION, _refuse_several_choices, "AFTER")
+    _hook(sites.KILLED, functools.partial(_reap_after_kill, arena, os.getpid()), "AFTER")
+    _apply(sites.CHAT, sites.COMPLETION, sites.KILLED)
+
+
+def _refuse_several_choices(result: str | None, _serving: Any, request: Any) -> str | None:
+    """OpenAI's response has one place for routes: with several choices the rest would be lost."""
+    if result or not request.return_routed_experts:
+        return result
+    if getattr(request, "return_meta_info", False) and not request.stream:
+        return result  # here every choice carries its own
+    several = (request.n or 1) > 1 or _prompts(request) > 1
+    if not several:
+        return result
+    return (
+        "return_routed_experts with several choices (n > 1, or a list of prompts): this API "
+        "returns the routes of one choice only and the others would be lost. Send one request "
+        "per choice, or use the native /generate, where every choice carries its own"
+    )
+
+
+def _prompts(request: Any) -> int:
+    prompt = getattr(request, "prompt", None)
+    if not isinstance(prompt, list) or not prompt or isinstance(prompt[0], int):
+        return 1
+    return len(prompt)
+
+
+def _reap_after_kill(
+    arena: str,
+    launcher: int,
+    _result: None,
+    parent_pid: int | None = None,
+    include_parent: bool = True,
+    *_args: Any,
+    **_options: Any,
+) -> None:
+    """The launcher has killed its engine: remove what nobody needs of its arenas."""
+    if os.getpid() == launcher and parent_pid in (None, launcher) and not include_parent:
+        reaper.reap(arena)
+
+
+# -- scheduler ---------------------------------------------------------------------------------
+
+
+def _register_scheduler() -> None:
+    from . import collect
+    from .capturer import ArenaCapturer
+
+    sites.check_sites((*sites.SCHEDULER, *sites.USED))
+    sites.check_attributes()
+    _hook(sites.CREATE, _create, "AROUND")
+    _hook(sites.FORWARD, functools.partial(_forward_begins, ArenaCapturer), "BEFORE")
+    _hook(sites.COLLECT, lambda _original, self, req: collect.collect(self, req), "AROUND")
+    for site in (sites.DECODED, sites.PREFILLED):
+        _hook(site, lambda _result, *_arguments, **_options: collect.flush(), "AFTER")
+    _hook(sites.STREAMED, lambda _self, *, req: collect.count_streamed(req), "BEFORE")
+    _hook(sites.ABORTED, _aborted, "BEFORE")
+    for site in sites.UPDATES:
+        _hook(site, functools.partial(_weights_change, ArenaCapturer), "BEFORE")
+    _hook(sites.RENAMED, functools.partial(_weights_renamed, ArenaCapturer), "BEFORE")
+    _apply(*sites.SCHEDULER)
+
+
+def _create(_original: Callable[..., Any], **arguments: Any) -> Any:
+    from sglang.srt.runtime_context import get_exec
+
+    from .capturer import ArenaCapturer
+
+    if not get_exec().features.enable_return_routed_experts:
+        raise StartRefused("this scheduler was started without enable_return_routed_experts")
+    return ArenaCapturer(Settings.from_environment(), **arguments)
+
+
+def _forward_begins(
+    capturer_type: type, runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any
+) -> None:
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    capturer = get_global_experts_capturer()
+    if not runner.is_draft_worker and isinstance(capturer, capturer_type):
+        capturer.on_forward_begin(forward_batch)
+
+
+def _aborted(_scheduler: Any, abort_req: Any, req: Any) -> None:
+    from . import collect
+
+    collect.count_aborted(req)
+
+
+def _weights_change(capturer_type: type, _updater: Any, recv_req: Any) -> None:
+    _begin_update(capturer_type, getattr(recv_req, "weight_version", None))
+
+
+def _weights_renamed(capturer_type: type, _scheduler: Any, new_version: str) -> None:
+    _begin_update(capturer_type, new_version)
+
+
+def _begin_update(capturer_type: type, label: str | None) -> None:
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    capturer = get_global_experts_capturer()
+    if isinstance(capturer, capturer_type):
+        capturer.weights_change(label)

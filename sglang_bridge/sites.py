@@ -1,0 +1,165 @@
+"""The places in SGLang that the bridge hooks or reads, and the check that they are there.
+
+SGLang's plugin loader logs and swallows what goes wrong in a plugin, and an engine whose
+hooks are missing would fall back to the native path unnoticed. So every site's signature
+and every attribute used is checked before the engine starts, and after the hooks were
+applied each is checked to be in place.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from .errors import StartRefused
+
+_MANAGERS = "sglang.srt.managers."
+_PROCESSOR = _MANAGERS + "scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
+_UPDATER = _MANAGERS + "scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_OPENAI = "sglang.srt.entrypoints.openai."
+
+
+class Site(NamedTuple):
+    """A callable of SGLang and the parameters that the bridge relies on."""
+
+    target: str
+    parameters: tuple[str, ...]
+
+
+ADD_ARGUMENTS = Site("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",))
+FROM_ARGUMENTS = Site("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",))
+RESOLVE = Site("sglang.srt.server_args.ServerArgs.resolve_once", ("self",))
+CREATE = Site(
+    "sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer.create",
+    ("model", "model_config", "num_tokens", "max_running_requests", "device"),
+)
+FORWARD = Site(
+    "sglang.srt.model_executor.model_runner.ModelRunner.forward", ("self", "forward_batch")
+)
+COLLECT = Site(_PROCESSOR + "_maybe_collect_routed_experts", ("self", "req"))
+DECODED = Site(_PROCESSOR + "process_batch_result_decode", ("self", "batch", "result"))
+PREFILLED = Site(_PROCESSOR + "process_batch_result_prefill", ("self", "batch", "result"))
+STREAMED = Site(
+    _MANAGERS + "scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+    ("self", "req"),
+)
+ABORTED = Site(_MANAGERS + "scheduler.Scheduler.send_abort_output", ("self", "abort_req", "req"))
+UPDATES = tuple(
+    Site(_UPDATER + name, ("self", "recv_req"))
+    for name in (
+        "update_weights_from_disk",
+        "update_weights_from_distributed",
+        "update_weights_from_tensor",
+        "update_weights_from_ipc",
+        "begin_weight_update",
+        "end_weight_update",
+    )
+)
+RENAMED = Site(_MANAGERS + "scheduler.Scheduler.record_weight_version_change", ("self", "new_version"))
+CHAT = Site(_OPENAI + "serving_chat.OpenAIServingChat._validate_request", ("self", "request"))
+COMPLETION = Site(
+    _OPENAI + "serving_completions.OpenAIServingCompletion._validate_request", ("self", "request")
+)
+KILLED = Site(
+    "sglang.srt.utils.common.kill_process_tree", ("parent_pid", "include_parent")
+)
+
+_CAPTURER = "sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer."
+# Called or overridden, not hooked.
+USED = (
+    Site(
+        _CAPTURER + "on_forward_end",
+        ("self", "forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu"),
+    ),
+    Site(
+        _CAPTURER + "get_topk",
+        ("self", "req_pool_idx", "seqlen", "req_to_token_pool", "start_len"),
+    ),
+    Site(
+        _CAPTURER + "_get_local_slice",
+        ("self", "forward_batch", "can_run_graph", "cuda_graph_batch"),
+    ),
+)
+SCHEDULER = (
+    CREATE, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, RENAMED, *UPDATES,
+)  # fmt: skip
+LAUNCHER = (RESOLVE, CHAT, COMPLETION, KILLED)
+
+# Class -> attributes that the bridge reads from its instances.
+ATTRIBUTES = {
+    "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
+    "sglang.srt.managers.schedule_batch.Req": ("output_ids_through_stop", "finished"),
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
+        "input_ids",
+        "positions",
+        "out_cache_loc",
+        "out_cache_loc_virtual",
+        "contains_mm_inputs",
+    ),
+    "sglang.srt.layers.moe.topk.TopKConfig": (
+        "top_k",
+        "allow_routed_experts_capture",
+        "output_format",
+        "num_shared_topk_slots",
+    ),
+    "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE": ("num_global_routed_experts",),
+}
+
+
+def version() -> str:
+    """SGLang's version, for messages."""
+    return importlib.metadata.version("sglang")
+
+
+def check_sites(sites: Iterable[Site]) -> None:
+    """Check that every site exists and takes the parameters that the bridge relies on.
+
+    Raises
+    ------
+    StartRefused
+        Naming SGLang's version and the site.
+    """
+    for site in sites:
+        missing = [p for p in site.parameters if p not in _parameters(site)]
+        if missing:
+            raise StartRefused(
+                f"SGLang {version()}: {site.target} does not take {', '.join(missing)}; shmroute "
+                "does not know this version of it. Use a version that the README lists"
+            )
+
+
+def check_attributes() -> None:
+    """Check that the attributes used exist; raises StartRefused like ``check_sites``."""
+    for target, names in ATTRIBUTES.items():
+        owner = _resolve(target)
+        known = {*getattr(owner, "__dataclass_fields__", ()), *dir(owner)}
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise StartRefused(
+                f"SGLang {version()}: {target} has no {', '.join(missing)}; shmroute does not "
+                "know this version of it. Use a version that the README lists"
+            )
+
+
+def check_hooked(sites: Iterable[Site]) -> None:
+    """Check that the hooks are in place: SGLang only logs when it cannot apply one."""
+    for site in sites:
+        if not hasattr(_resolve(site.target), "__wrapped__"):
+            raise StartRefused(f"SGLang {version()} did not apply the hook on {site.target}")
+
+
+def _parameters(site: Site) -> set[str]:
+    return set(inspect.signature(_resolve(site.target)).parameters) | {"self"}
+
+
+def _resolve(target: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        raise StartRefused(
+            f"SGLang {version()} has no {target} ({error}); shmroute does not know this version. "
+            "Use a version that the README lists"
+        ) from error

@@ -1,0 +1,78 @@
+"""Tags: which token's forward wrote a row of the route table, and under which weights.
+
+A row is found by its KV location, and locations are reused all the time. So beside each
+row the table keeps 8 bytes, written in the same scatter::
+
+    bit 63        0; the whole tag is -1 when no valid row was ever written here, or the
+                  row was invalid (an id outside [0, experts), or one twice)
+    bits 46..62   weight epoch, modulo 2**17
+    bits 22..45   position in the sequence (up to 16,777,215)
+    bits 0..21    token id; every id outside the vocabulary is the one code 2**22 - 1,
+                  because multimodal code stands images in with ids beyond it and clamps
+                  them at different moments
+
+A record is only sealed complete when every tag names the request's own token and position.
+A match is necessary, not sufficient: a former occupant can have had the same token at
+the same position; what closes that is that each KV write that is no forward is refused
+at start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+INVALID = -1
+_TOKEN_BITS, _POSITION_BITS, _EPOCH_BITS = 22, 24, 17
+FOREIGN_TOKEN = (1 << _TOKEN_BITS) - 1
+POSITION_MAX = (1 << _POSITION_BITS) - 1
+_EPOCH_SHIFT = _TOKEN_BITS + _POSITION_BITS
+_EPOCH_MASK = (1 << _EPOCH_BITS) - 1
+_PLACE_MASK = (1 << _EPOCH_SHIFT) - 1
+
+
+def make_tags(
+    tokens: torch.Tensor, positions: torch.Tensor, epoch: int, vocabulary: int
+) -> torch.Tensor:
+    """``int64`` tags of a forward's tokens, on their device.
+
+    Parameters
+    ----------
+    tokens, positions
+        ``[n]`` integers, as the forward got them.
+    epoch
+        Number of the weights that computed it.
+    vocabulary
+        Ids outside ``[0, vocabulary)`` share one code; at most ``FOREIGN_TOKEN``.
+    """
+    ids = tokens.to(torch.int64)
+    ids = torch.where((ids >= 0) & (ids < vocabulary), ids, FOREIGN_TOKEN)
+    tags = (positions.to(torch.int64) << _TOKEN_BITS) | ids
+    return tags | ((epoch & _EPOCH_MASK) << _EPOCH_SHIFT)
+
+
+def expected_places(
+    tokens: npt.NDArray[np.int64], start: int, vocabulary: int
+) -> npt.NDArray[np.int64]:
+    """What the position and token bits of a request's tags must be, from row ``start`` on."""
+    ids = np.where((tokens >= 0) & (tokens < vocabulary), tokens, FOREIGN_TOKEN)
+    positions = np.arange(start, start + len(tokens), dtype=np.int64)
+    return (positions << _TOKEN_BITS) | ids
+
+
+def wrong_rows(
+    tags: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Mask of the rows whose tag does not name the expected token and position."""
+    wrong: npt.NDArray[np.bool_] = (tags < 0) | ((tags & _PLACE_MASK) != places)
+    return wrong
+
+
+def epochs_of(tags: npt.NDArray[np.int64], current: int) -> npt.NDArray[np.int64]:
+    """Full epoch numbers of rows, given that none is older than 2**17 - 1 epochs."""
+    behind = (current - (tags >> _EPOCH_SHIFT)) & _EPOCH_MASK
+    result: Any = current - behind
+    return result

@@ -1,0 +1,61 @@
+"""shmroute: a rollout engine's expert routing, mapped by the trainer instead of shipped to it.
+
+::
+
+    from shmroute import ShmRouteReader
+
+    with ShmRouteReader(rid) as routes:       # or a ticket, or a response's meta_info
+        routes.numpy()                        # [tokens, moe_layers, top_k], zero-copy
+        routes.release()
+
+See ``reader`` for reading, ``arena`` for writing, ``layout`` for the bytes.
+"""
+
+from .arena import Arena
+from .errors import (
+    ArenaFull,
+    ArenaNotFound,
+    ArenaTooSmall,
+    ChecksumMismatch,
+    IncompleteRoutes,
+    InvalidTicket,
+    LayoutMismatch,
+    LeaseUnavailable,
+    NotOnThisNode,
+    RouteFailed,
+    RouteGone,
+    RouteNotFound,
+    RouteTimeout,
+    ShmRouteError,
+    WriterDied,
+)
+from .layout import RouteLayout
+from .metadata import WeightRun
+from .reader import ShmRouteReader, release
+from .reaper import reap
+from .views import RouteArray
+
+__all__ = [
+    "Arena",
+    "ArenaFull",
+    "ArenaNotFound",
+    "ArenaTooSmall",
+    "ChecksumMismatch",
+    "IncompleteRoutes",
+    "InvalidTicket",
+    "LayoutMismatch",
+    "LeaseUnavailable",
+    "NotOnThisNode",
+    "RouteArray",
+    "RouteFailed",
+    "RouteGone",
+    "RouteLayout",
+    "RouteNotFound",
+    "RouteTimeout",
+    "ShmRouteError",
+    "ShmRouteReader",
+    "WeightRun",
+    "WriterDied",
+    "reap",
+    "release",
+]

@@ -1,0 +1,277 @@
+"""Create and close an arena: the writer's side of its life.
+
+Protocol
+    One arena has one writer process for its life; a new writer makes a new arena.
+
+    create    1 create the data segment under a temporary name (O_EXCL, mode 0600)
+              2 take the life lock on it, then check that the name still is this file
+              3 take all the memory              4 create the control segment
+              5 create the lease files           6 write the header, its magic last
+              7 rename it into place
+    close     1 drop the leases                  2 drop the life lock
+              3 reap: remove it unless somebody still needs it
+
+Races, and where they are closed
+    - A reader never sees half an arena: it has no findable name before step 7.
+    - The reaper finds the temporary file between steps 1 and 2 and removes it: the
+      creator notices in step 2 and begins again.
+    - The creator dies anywhere before step 7: the temporary file has no life lock, so
+      the reaper removes it with everything that belongs to it.
+    - The writer forks: the child closes its copies and can never write or outlive it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import time
+import weakref
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+
+from . import layout, reaper, segments
+from .errors import ShmRouteError
+from .leases import SLOTS_PER_FILE, ExclusiveLeases, lock_range
+from .memory import ArenaMemory
+from .segments import SegmentName
+from .writer import RecordWriter, Reservation
+
+logger = logging.getLogger("shmroute")
+
+DEFAULT_SLOTS = 16384
+DEFAULT_RETENTION = 3600.0
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {unit + "i": 1024**power for power, unit in enumerate("kmgt", start=1)}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of ``"8GiB"``, ``"512MB"``, ``"64k"`` or a plain number."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", size.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"size {size!r}: use a number of bytes or a form like '8GiB', '512MB'")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Arena:
+    """The writer's handle of one arena. Make it with ``Arena.create``.
+
+    Attributes
+    ----------
+    segment
+        Name of the data segment.
+    memory, writer
+        The mapped arena, and the owner of its slots and heap.
+    """
+
+    def __init__(
+        self,
+        segment: SegmentName,
+        memory: ArenaMemory,
+        leases: ExclusiveLeases,
+        writer: RecordWriter,
+        life_fd: int,
+    ) -> None:
+        self.segment = segment
+        self.memory = memory
+        self.writer = writer
+        self._leases = leases
+        self._life_fd = life_fd
+        self._owner_pid = os.getpid()
+        _every_arena.add(self)
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        routes: layout.RouteLayout,
+        *,
+        capacity: int | str,
+        slots: int = DEFAULT_SLOTS,
+        retention: float = DEFAULT_RETENTION,
+        keep_versions: int | None = None,
+        checksum: bool = False,
+        group: int | None = None,
+    ) -> Arena:
+        """Make a new arena and take all of its memory now.
+
+        Dead predecessors of the same name give back what nobody needs first.
+
+        Parameters
+        ----------
+        name
+            Up to 40 letters, digits, ``_``, ``.``, ``-``. Several arenas may share a name
+            (the data-parallel ranks of one engine); readers search all of them.
+        routes
+            What a row means.
+        capacity
+            Bytes of the data segment, tables included: ``"8GiB"`` or a number.
+        slots
+            Records that can be held at once.
+        retention
+            Seconds after which an unreleased record may be evicted if space is needed.
+        keep_versions
+            Weight epochs after which it may; None: no such limit.
+        checksum
+            Store a CRC-32 of the rows with each record (``routes.verify()`` checks it).
+        group
+            Group id that may read and release, too; None: only this user.
+
+        Raises
+        ------
+        ArenaTooSmall
+            /dev/shm or the memory limit cannot hold it: figures and remedy in the message.
+        ValueError
+            A name, size or number of slots that cannot be.
+        """
+        segments.check_arena_name(name)
+        size = layout.align(parse_size(capacity), layout.PAGE)
+        _check_geometry(routes, size, slots)
+        reaper.reap(name)
+        segment, life_fd = _claim_name(name, 0o600 if group is None else 0o640, group)
+        try:
+            description = _describe(segment, routes, size, slots, retention)
+            memory = _fill(segment, life_fd, description, group)
+        except BaseException:
+            reaper.remove_files(segment)
+            os.close(life_fd)
+            raise
+        leases = ExclusiveLeases(segment.lease_file)
+        writer = RecordWriter(
+            memory, leases, retention=retention, keep_versions=keep_versions, checksum=checksum
+        )
+        return cls(memory.segment, memory, leases, writer, life_fd)
+
+    def reserve(
+        self,
+        rid: str,
+        *,
+        tokens: int,
+        start: int = 0,
+        prompt_tokens: int = 0,
+        after: Reservation | None = None,
+    ) -> Reservation:
+        """Take a slot and an extent for one record, see ``RecordWriter.reserve``."""
+        if self._life_fd < 0:
+            raise ShmRouteError(
+                f"arena {self.segment.data} is closed in this process"
+                + ("" if os.getpid() == self._owner_pid else " (a fork of its writer)")
+            )
+        return self.writer.reserve(
+            rid, tokens=tokens, start=start, prompt_tokens=prompt_tokens, after=after
+        )
+
+    def inline(self, rid: str, rows: npt.NDArray[Any], **fields: Any) -> bytes:
+        """An envelope with the rows in it, see ``RecordWriter.inline``."""
+        return self.writer.inline(rid, rows, **fields)
+
+    @property
+    def name(self) -> str:
+        return self.segment.arena
+
+    def close(self) -> None:
+        """End the writing; records that nobody released or that are leased stay readable."""
+        if self._life_fd < 0:
+            return
+        self._abandon()
+        reaper.reap_segment(self.segment)
+
+    def _abandon(self) -> None:
+        """Close what makes this process the writer, without touching the arena."""
+        self._leases.close()
+        life_fd, self._life_fd = self._life_fd, -1
+        os.close(life_fd)
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_geometry(routes: layout.RouteLayout, size: int, slots: int) -> None:
+    if not 1 <= slots <= layout.MAX_SLOTS:
+        raise ValueError(f"slots is {slots}; 1 to {layout.MAX_SLOTS} are possible")
+    least = layout.MIN_TABLE_BYTES + slots * layout.SLOT_BYTES
+    least = layout.align(least, layout.PAGE) + layout.plan_extent(routes, 64, 1).total_bytes
+    if size < least:
+        raise ValueError(
+            f"a capacity of {size} bytes cannot hold the tables of {slots} slots and one row of "
+            f"{routes.row_bytes} bytes: at least {least} bytes are needed"
+        )
+
+
+def _claim_name(name: str, mode: int, group: int | None) -> tuple[SegmentName, int]:
+    while True:
+        segment = SegmentName(os.geteuid(), name, secrets.token_bytes(8), temporary=True)
+        fd = segments.create_object(segment.data, mode, group)
+        if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
+            return segment, fd
+        os.close(fd)  # the reaper was faster than the lock and has removed the file
+
+
+def _describe(
+    segment: SegmentName, routes: layout.RouteLayout, size: int, slots: int, retention: float
+) -> layout.ArenaDescription:
+    pid = os.getpid()
+    return layout.ArenaDescription(
+        arena_id=segment.arena_id,
+        routes=routes,
+        slots=slots,
+        capacity=size,
+        retention=retention,
+        created_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+        writer=layout.Writer(
+            pid, segments.process_start_time(pid), segments.boot_id(), segments.host_name()
+        ),
+    )
+
+
+def _fill(
+    segment: SegmentName, fd: int, description: layout.ArenaDescription, group: int | None
+) -> ArenaMemory:
+    segments.take_memory(fd, description.capacity, segment.arena)
+    shared_mode = 0o600 if group is None else 0o660
+    control_fd = segments.create_object(segment.control, shared_mode, group)
+    try:
+        segments.take_memory(control_fd, description.control_bytes, segment.arena)
+        for index in range((description.slots + SLOTS_PER_FILE - 1) // SLOTS_PER_FILE):
+            # A shared lock needs no more than the right to read.
+            name, mode = segment.lease_file(index), 0o600 if group is None else 0o640
+            os.close(segments.create_object(name, mode, group))
+        layout.initialise(fd, description)
+        # Not through ``fd``: a mapping keeps a duplicate of its descriptor, and with it the
+        # life lock would outlast ``close``.
+        memory = ArenaMemory.open(segment, writable=True)
+    finally:
+        os.close(control_fd)
+    os.rename(segments.path_of(segment.data), segments.path_of(segment.base))
+    memory.segment = _whole(segment)
+    return memory
+
+
+def _whole(segment: SegmentName) -> SegmentName:
+    return SegmentName(segment.uid, segment.arena, segment.arena_id)
+
+
+_every_arena: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def _abandon_in_child() -> None:
+    for arena in list(_every_arena):
+        if arena._life_fd >= 0:
+            arena._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_in_child)

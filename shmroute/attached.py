@@ -1,0 +1,102 @@
+"""The reader's end of an arena, one per process and segment.
+
+``attach`` maps a segment once and keeps it while the segment is there. An arena that was
+removed stays mapped while views need it and is forgotten by the next look at ``/dev/shm``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import numpy as np
+
+from . import segments
+from .errors import ArenaNotFound, LayoutMismatch
+from .leases import SharedLeases
+from .memory import ArenaMemory
+from .segments import SegmentName
+
+# A directory change within one tick of the file system's clock does not show in its mtime.
+_MTIME_GRAIN_NS = 20_000_000
+
+
+class AttachedArena:
+    """A mapped arena and this process's leases on it."""
+
+    def __init__(self, memory: ArenaMemory) -> None:
+        self.memory = memory
+        self.leases = SharedLeases(memory.segment.lease_file)
+
+    @property
+    def segment(self) -> SegmentName:
+        return self.memory.segment
+
+    def slots_of(self, hash_value: np.uint64) -> list[int]:
+        """Slots whose rid hash is this one: a hint, to be checked under a lease."""
+        return np.flatnonzero(self.memory.hashes == hash_value).tolist()
+
+
+_lock = threading.Lock()
+_attached: dict[str, AttachedArena] = {}
+_listing: list[SegmentName] = []
+_listed_at = -1  # mtime of the directory that ``_listing`` belongs to; -1: do not trust it
+
+
+def attach(segment: SegmentName) -> AttachedArena:
+    """Map a segment, or return this process's mapping of it.
+
+    Raises
+    ------
+    ArenaNotFound
+        It is not under this process's /dev/shm.
+    LayoutMismatch
+        It is not an arena that this version reads.
+    """
+    found = _attached.get(segment.base)
+    if found is not None:
+        return found
+    try:
+        memory = ArenaMemory.open(segment)
+    except FileNotFoundError as error:
+        raise ArenaNotFound(
+            f"arena segment {segment.data} is not under {segments.SHM_DIR}: it was removed "
+            "(gc, or nobody needed it), or this container has a /dev/shm of its own (docker "
+            "--ipc=host, or one shared emptyDir of medium Memory)"
+        ) from error
+    with _lock:
+        return _attached.setdefault(segment.base, AttachedArena(memory))
+
+
+def attach_all(arena: str | None) -> list[AttachedArena]:
+    """Every whole arena of that name (None: any name) that this user may read, newest first.
+
+    Segments that cannot be read (another version, another user's) are left out when
+    searching by name; naming one by ticket raises.
+    """
+    found = []
+    for segment in _segments():
+        if arena in (None, segment.arena, segment.base):
+            try:
+                found.append(attach(segment))
+            except (ArenaNotFound, LayoutMismatch, PermissionError):
+                continue  # gone since the listing, or not ours to read
+    found.sort(key=lambda attached: -attached.memory.description.created_ns)
+    return found
+
+
+def _segments() -> list[SegmentName]:
+    """The segments there are; read again only when the directory has changed."""
+    global _listing, _listed_at
+    changed = os.stat(segments.SHM_DIR).st_mtime_ns
+    if changed == _listed_at:
+        return _listing
+    listing = [segment for segment in segments.list_segments() if not segment.temporary]
+    with _lock:
+        present = {segment.base for segment in listing}
+        for base in [base for base in _attached if base not in present]:
+            del _attached[base]
+        settled = time.time_ns() - changed > _MTIME_GRAIN_NS
+        _listing, _listed_at = listing, changed if settled else -1
+    return listing

@@ -1,0 +1,86 @@
+"""Contiguous extents of the record heap: best fit, with coalescing.
+
+Problem
+    A record is one contiguous piece of the heap, so that one copy fills it and one view
+    reads it. Records live for very different times, so freed neighbours must merge, and
+    requests that finish together want adjacent pieces.
+
+The book-keeping is the writer's own memory: a crash of the writer ends the arena, so
+nobody else ever needs it. Sizes are multiples of ``EXTENT_ALIGN``. Not thread-safe: the
+writer serialises calls.
+
+Invariant: the free extents are disjoint, no two touch, and
+``free_bytes + allocated bytes == total``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from .layout import EXTENT_ALIGN
+
+
+class ExtentAllocator:
+    """Allocates ``[offset, offset + size)`` pieces of ``[0, total)``."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total & -EXTENT_ALIGN
+        self.free_bytes = self.total
+        self._by_size: list[tuple[int, int]] = []  # sorted (size, offset)
+        self._size_at: dict[int, int] = {}  # free extent by its start
+        self._start_of_end: dict[int, int] = {}  # free extent by its end
+        if self.total:
+            self._insert(0, self.total)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest free extent."""
+        return self._by_size[-1][0] if self._by_size else 0
+
+    def allocate(self, size: int, near: int | None = None) -> int | None:
+        """Offset of a piece of ``size`` bytes, or None when no free extent is that large.
+
+        The piece begins at ``near`` if a large enough extent begins there, else it comes out
+        of the smallest extent that fits.
+        """
+        if near is not None and self._size_at.get(near, 0) >= size:
+            offset = near
+        else:
+            index = bisect_left(self._by_size, (size, -1))
+            if index == len(self._by_size):
+                return None
+            offset = self._by_size[index][1]
+        extent = self._size_at[offset]
+        self._remove(offset)
+        if extent > size:
+            self._insert(offset + size, extent - size)
+        self.free_bytes -= size
+        return offset
+
+    def free(self, offset: int, size: int) -> None:
+        """Give a piece back and merge it with its free neighbours."""
+        self.free_bytes += size
+        left = self._start_of_end.get(offset)
+        if left is not None:
+            self._remove(left)
+            size += offset - left
+            offset = left
+        right = self._size_at.get(offset + size)
+        if right is not None:
+            self._remove(offset + size)
+            size += right
+        self._insert(offset, size)
+
+    def free_extents(self) -> list[tuple[int, int]]:
+        """``(offset, size)`` of every free extent, by offset."""
+        return sorted(self._size_at.items())
+
+    def _insert(self, offset: int, size: int) -> None:
+        insort(self._by_size, (size, offset))
+        self._size_at[offset] = size
+        self._start_of_end[offset + size] = offset
+
+    def _remove(self, offset: int) -> None:
+        size = self._size_at.pop(offset)
+        del self._start_of_end[offset + size]
+        del self._by_size[bisect_left(self._by_size, (size, offset))]

@@ -1,0 +1,277 @@
+"""Leases that the kernel owns: one byte-range lock a slot.
+
+Problem
+    The writer may reuse a slot only while nobody reads it, and a reader that is killed at
+    any instruction must not keep it for ever. So a lease is no number in memory but an
+    open-file-description (OFD) lock, which the kernel drops with the last descriptor.
+
+Protocol
+    Slot ``s`` is byte ``s % 256`` of lease file ``s // 256``. The writer holds it exclusively
+    from before the odd state word until after the even one; a reader holds it shared
+    from before it looks at the word until its last view is gone. Nobody ever waits for it.
+    Unlocking and locking also order the memory accesses on both sides: both go through the
+    kernel's lock on the inode.
+
+    256 slots a file, because the kernel keeps the locks of an inode in a list: with n
+    non-adjacent locks an operation takes 1.4 us at n = 16, 2.2 us at 128, 114 us at 8,192.
+
+Traps, and where they are closed
+    - Two leases on one description collapse into one lock: ``SharedLeases`` counts them.
+    - fork() shares the description, so a child's unlock would drop the parent's lease, and
+      a parent's unlock the child's: ``SharedLeases`` opens a second description with the
+      same locks before the fork and the child adopts it.
+    - A forked child of the writer would keep the writer's locks after its death: the
+      child closes ``ExclusiveLeases`` (closing, unlike unlocking, takes nothing from the
+      parent, which still has the description open).
+    - A view can be collected at any moment, also inside these very methods:
+      ``SharedLeases.drop`` only queues when the lock is taken.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+from .errors import LeaseUnavailable
+from .segments import open_object
+
+logger = logging.getLogger("shmroute")
+
+SLOTS_PER_FILE = 256
+
+# struct flock: l_type, l_whence, l_start, l_len, l_pid (must be 0 for OFD locks).
+_FLOCK = struct.Struct("hhqqi4x")
+_BUSY = (errno.EAGAIN, errno.EACCES)
+
+
+def lock_range(fd: int, kind: int, start: int, length: int) -> bool:
+    """Lock or unlock bytes of an open file description; False when somebody else has them.
+
+    ``kind`` is ``fcntl.F_RDLCK``, ``F_WRLCK`` or ``F_UNLCK``. Never blocks.
+    """
+    request = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    while True:
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            raise LeaseUnavailable(
+                error.errno, f"the kernel refused a lock ({os.strerror(error.errno or 0)})"
+            ) from error
+        return True
+
+
+def is_locked(fd: int, kind: int, start: int, length: int) -> bool:
+    """Whether a lock of ``kind`` would collide with another description's (takes none)."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    locked: bool = _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
+    return locked
+
+
+def open_lease_file(name: str, *, writable: bool) -> int:
+    """Open one lease file; running out of descriptors is an error of its own."""
+    try:
+        return open_object(name, writable=writable)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise LeaseUnavailable(
+                error.errno,
+                f"no file descriptor left for lease file {name}: raise the limit (ulimit -n), "
+                "or release records sooner (one descriptor serves 256 slots)",
+            ) from error
+        raise
+
+
+class ExclusiveLeases:
+    """The writer's end. Descriptors stay open for the arena's life: 16,384 slots are 64.
+
+    Keeping them open needs no lock between the thread that reserves and the one that seals.
+    """
+
+    def __init__(self, file_name: Callable[[int], str]) -> None:
+        self._file_name = file_name
+        self._fds: dict[int, int] = {}
+
+    def try_acquire(self, slot: int) -> bool:
+        """Take the slot's exclusive lease; False while a reader has it."""
+        index, byte = divmod(slot, SLOTS_PER_FILE)
+        fd = self._fds.get(index)
+        if fd is None:
+            fd = self._fds[index] = open_lease_file(self._file_name(index), writable=True)
+        return lock_range(fd, fcntl.F_WRLCK, byte, 1)
+
+    def release(self, slot: int) -> None:
+        index, byte = divmod(slot, SLOTS_PER_FILE)
+        lock_range(self._fds[index], fcntl.F_UNLCK, byte, 1)
+
+    def close(self) -> None:
+        """Close every descriptor; the kernel drops the leases unless a parent shares them."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+class SharedLeases:
+    """The readers' end in one process: counted per slot, thread-safe, fork-safe."""
+
+    def __init__(self, file_name: Callable[[int], str]) -> None:
+        self._file_name = file_name
+        self._lock = threading.Lock()
+        self._counts: dict[int, int] = {}
+        self._fds: dict[int, int] = {}
+        self._held_in: dict[int, int] = {}  # lease file -> slots of it that are held
+        self._dropped: deque[int] = deque()
+        self._before_fork: dict[int, int] = {}
+        _every_shared.add(self)
+
+    def try_acquire(self, slot: int) -> bool:
+        """Take or share the slot's lease; False while the writer has it.
+
+        Raises
+        ------
+        FileNotFoundError
+            The arena has been removed.
+        LeaseUnavailable
+            No descriptor or lock could be had.
+        """
+        with self._lock:
+            taken = self._acquire(slot)
+        self._drain()
+        return taken
+
+    def drop(self, slot: int) -> None:
+        """Give one lease back. Safe in a finaliser, whatever this thread is doing."""
+        self._dropped.append(slot)
+        self._drain()
+
+    def held(self) -> int:
+        """Slots that this process holds leases on."""
+        return len(self._counts)
+
+    def _acquire(self, slot: int) -> bool:
+        count = self._counts.get(slot, 0)
+        if count == 0 and not self._lock_slot(slot):
+            return False
+        self._counts[slot] = count + 1
+        return True
+
+    def _lock_slot(self, slot: int) -> bool:
+        index, byte = divmod(slot, SLOTS_PER_FILE)
+        fd = self._fds.get(index)
+        if fd is None:
+            fd = self._fds[index] = open_lease_file(self._file_name(index), writable=False)
+            self._held_in[index] = 0
+        try:
+            taken = lock_range(fd, fcntl.F_RDLCK, byte, 1)
+            self._held_in[index] += taken
+        finally:
+            self._close_if_idle(index)
+        return taken
+
+    def _drain(self) -> None:
+        # The loop catches what is queued between the last pop and the lock's release:
+        # whoever queued it found the lock taken and left it to us.
+        while self._dropped and self._lock.acquire(blocking=False):
+            try:
+                while self._dropped:
+                    self._release(self._dropped.popleft())
+            finally:
+                self._lock.release()
+
+    def _release(self, slot: int) -> None:
+        self._counts[slot] -= 1
+        if self._counts[slot]:
+            return
+        del self._counts[slot]
+        index, byte = divmod(slot, SLOTS_PER_FILE)
+        self._held_in[index] -= 1
+        if self._held_in[index]:
+            lock_range(self._fds[index], fcntl.F_UNLCK, byte, 1)
+        self._close_if_idle(index)
+
+    def _close_if_idle(self, index: int) -> None:
+        if self._held_in[index] == 0:
+            del self._held_in[index]
+            os.close(self._fds.pop(index))
+
+    # fork: the lock is held from ``before`` to both ``after``, so that the copy is consistent.
+
+    def before_fork(self) -> None:
+        self._lock.acquire()
+        for index in self._fds:
+            try:
+                self._before_fork[index] = self._duplicate(index)
+            except (OSError, LeaseUnavailable) as error:
+                logger.error(
+                    "fork without a lease of its own for the child (%s): its views of slots "
+                    "%d to %d are safe only while the parent holds them",
+                    error,
+                    index * SLOTS_PER_FILE,
+                    (index + 1) * SLOTS_PER_FILE - 1,
+                )
+
+    def _duplicate(self, index: int) -> int:
+        fd = open_lease_file(self._file_name(index), writable=False)
+        try:
+            for slot in self._counts:
+                if slot // SLOTS_PER_FILE == index:
+                    lock_range(fd, fcntl.F_RDLCK, slot % SLOTS_PER_FILE, 1)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def after_fork_in_parent(self) -> None:
+        # Closing does not unlock: the child has the same description open.
+        while self._before_fork:
+            os.close(self._before_fork.popitem()[1])
+        self._lock.release()
+        self._drain()
+
+    def after_fork_in_child(self) -> None:
+        while self._before_fork:
+            index, fd = self._before_fork.popitem()
+            os.close(self._fds[index])  # the parent's description: closed, never unlocked
+            self._fds[index] = fd
+        self._lock.release()
+        self._drain()
+
+
+_every_shared: weakref.WeakSet[SharedLeases] = weakref.WeakSet()
+_forking: list[SharedLeases] = []
+_one_fork = threading.Lock()  # two threads may fork at once
+
+
+def _before_fork() -> None:
+    _one_fork.acquire()
+    _forking[:] = list(_every_shared)
+    for leases in _forking:
+        leases.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    while _forking:
+        _forking.pop().after_fork_in_parent()
+    _one_fork.release()
+
+
+def _after_fork_in_child() -> None:
+    while _forking:
+        _forking.pop().after_fork_in_child()
+    _one_fork.release()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

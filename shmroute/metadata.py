@@ -1,0 +1,116 @@
+"""What a record says beside its rows: rid, missing rows, weight versions.
+
+msgpack ``[rid, missing, versions]``: ``missing`` is a list of ``[first, end)`` row ranges,
+flattened, or a bit a row, whichever is smaller; ``versions`` are runs
+``[first row, epoch, label]`` in row order, each reaching to the next one's first row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+
+class WeightRun(NamedTuple):
+    """Rows ``[first, next run's first)`` were computed under this weight version."""
+
+    first: int
+    epoch: int
+    label: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Metadata:
+    """The variable part of a record. ``missing`` holds disjoint ascending row ranges."""
+
+    rid: str
+    missing: tuple[tuple[int, int], ...] = ()
+    versions: tuple[WeightRun, ...] = ()
+
+    @property
+    def missing_rows(self) -> int:
+        return sum(end - first for first, end in self.missing)
+
+    def pack(self, tokens: int = 0) -> bytes:
+        """Encode; with ``tokens`` given, ranges may turn into a bitmap when that is smaller."""
+        flat: Any = [bound for span in self.missing for bound in span]
+        if tokens and len(self.missing) * 6 > (tokens + 7) // 8:
+            bits = np.zeros(tokens, dtype=np.uint8)
+            for first, end in self.missing:
+                bits[first:end] = 1
+            flat = np.packbits(bits).tobytes()
+        packed: bytes = msgpack.packb([self.rid, flat, [list(run) for run in self.versions]])
+        return packed
+
+    @classmethod
+    def unpack(cls, blob: bytes, tokens: int) -> Metadata:
+        """Decode and check against the record's number of rows.
+
+        Raises
+        ------
+        ValueError
+            It is no metadata, or speaks of rows that the record does not have.
+        """
+        try:
+            rid, missing, versions = msgpack.unpackb(blob, max_map_len=0, max_ext_len=0)
+            runs = tuple(WeightRun(int(f), int(e), str(label)) for f, e, label in versions)
+        except ValueError:
+            raise
+        except Exception as error:  # msgpack raises a dozen types for garbage
+            raise ValueError(f"unreadable record metadata: {error}") from error
+        if not isinstance(rid, str):
+            raise ValueError("the record's rid is no text")
+        spans = _spans(missing, tokens)
+        if any(not 0 <= run.first < max(tokens, 1) for run in runs):
+            raise ValueError("a weight version run lies outside the record")
+        return cls(rid, spans, runs)
+
+
+def _spans(missing: Any, tokens: int) -> tuple[tuple[int, int], ...]:
+    if missing == []:
+        return ()  # the common case, on the reader's way
+    if isinstance(missing, bytes):
+        if len(missing) != (tokens + 7) // 8:
+            raise ValueError(f"a bitmap of {len(missing)} bytes for {tokens} rows")
+        return ranges_of(np.unpackbits(np.frombuffer(missing, np.uint8), count=tokens))
+    if not isinstance(missing, Sequence) or len(missing) % 2:
+        raise ValueError("missing rows are neither ranges nor a bitmap")
+    bounds = [int(bound) for bound in missing]
+    if any(not 0 <= bound <= tokens for bound in bounds) or bounds != sorted(bounds):
+        raise ValueError(f"missing rows lie outside [0, {tokens})")
+    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def ranges_of(mask: npt.ArrayLike) -> tuple[tuple[int, int], ...]:
+    """Turn a mask over rows into ascending ``[first, end)`` ranges."""
+    flags = np.asarray(mask, dtype=bool)
+    if not flags.any():
+        return ()
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False]))))
+    return tuple((int(first), int(end)) for first, end in edges.reshape(-1, 2))
+
+
+def weight_runs(epochs: npt.NDArray[np.int64], label: Any) -> tuple[WeightRun, ...]:
+    """Runs of equal epochs; ``label(epoch)`` gives the name of each."""
+    if not len(epochs):
+        return ()
+    firsts = np.concatenate(([0], np.flatnonzero(np.diff(epochs)) + 1))
+    return tuple(WeightRun(int(i), int(epochs[i]), label(int(epochs[i]))) for i in firsts)
+
+
+def merge_ranges(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sort ranges and merge those that touch or overlap."""
+    merged: list[tuple[int, int]] = []
+    for first, end in sorted(spans):
+        if first >= end:
+            continue
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((first, end))
+    return tuple(merged)

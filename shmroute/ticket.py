@@ -1,0 +1,293 @@
+"""The envelope that travels in a response: a ticket, or the rows themselves.
+
+Form
+    msgpack ``["shmr", version, kind, body, pad]``. ``kind`` 0 is a ticket (where the
+    record lies; at most 256 bytes for rids up to 64), 1 an inline record (the rows are in
+    it), 2 says why there are no rows. The pad makes the length no multiple of 4, so that a client which still decodes
+    int32 fails loudly instead of training on ticket bytes.
+
+Tickets are untrusted input: every field's type and range is checked here, and the reader
+checks the record against the ticket again. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidTicket, RouteFailed
+from .layout import MAX_LAYERS, MAX_SLOTS, MAX_TOKENS, RouteLayout
+from .segments import SegmentName, parse_segment
+from .metadata import Metadata
+
+_MAGIC = "shmr"
+_VERSION = 1
+_TICKET, _INLINE, _FAILED = 0, 1, 2
+# What base64 makes of the envelope's first six bytes: tells a ticket's text from a rid.
+_TEXT_PREFIX = base64.b64encode(b"\x95\xa4shmr").decode()
+_HOST_BYTES = 30
+_SEGMENT_NAME_MAX = 128  # more than any segment's name has
+RID_BYTES_MAX = 4096
+_DTYPES = {"uint8": 1, "uint16": 2}
+_DTYPE_NAMES = {number: dtype for dtype, number in _DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ticket:
+    """Where one record lies. Opaque to users; all fields are as issued, none is trusted."""
+
+    boot_id: str
+    host: str
+    segment: SegmentName
+    slot: int
+    generation: int
+    rid: str
+    start: int
+    tokens: int
+    layers: int
+    top_k: int
+    dtype: str
+    complete: bool | None  # None: the ticket left before the record was sealed
+
+    def encode(self) -> bytes:
+        """The envelope: at most 256 bytes for a rid of up to 64."""
+        return _envelope(
+            _TICKET,
+            [
+                bytes.fromhex(self.boot_id.replace("-", "")),
+                self.host.encode()[:_HOST_BYTES],
+                self.segment.base,
+                self.segment.arena_id,
+                self.slot,
+                self.generation,
+                self.rid,
+                self.start,
+                self.tokens,
+                self.layers,
+                self.top_k,
+                _DTYPES[self.dtype],
+                self.complete,
+            ],
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class InlineRecord:
+    """A record that travels in the response itself.
+
+    ``rows`` is read-only, ``[tokens, moe_layers, top_k]``, of the layout's dtype.
+    """
+
+    rid: str
+    start: int
+    prompt_tokens: int
+    routes: RouteLayout
+    metadata: Metadata
+    rows: npt.NDArray[Any]
+
+    def encode(self) -> bytes:
+        """The envelope with the rows in it."""
+        layout = self.routes
+        return _envelope(
+            _INLINE,
+            [
+                self.rid,
+                self.start,
+                self.prompt_tokens,
+                layout.num_experts,
+                layout.top_k,
+                list(layout.layer_ids),
+                layout.num_layers,
+                layout.model,
+                self.metadata.pack(),
+                np.ascontiguousarray(self.rows, dtype=layout.dtype).data.cast("B"),
+            ],
+        )
+
+
+def _envelope(kind: int, body: list[Any]) -> bytes:
+    packed: bytes = msgpack.packb([_MAGIC, _VERSION, kind, body, b""])
+    if len(packed) % 4 == 0:
+        packed = msgpack.packb([_MAGIC, _VERSION, kind, body, b"\0"])
+    return packed
+
+
+def failed_ticket(rid: str, reason: str) -> bytes:
+    """An envelope for a request whose routes could not be kept; readers get ``RouteFailed``."""
+    return _envelope(_FAILED, [rid, reason[:400]])
+
+
+def decode(envelope: bytes | bytearray | memoryview) -> Ticket | InlineRecord:
+    """Decode an envelope.
+
+    Raises
+    ------
+    InvalidTicket
+        It is truncated, of another version, or a field has a type or value it cannot have.
+    RouteFailed
+        The engine says in it why it kept no routes.
+    """
+    try:
+        fields = msgpack.unpackb(envelope, max_map_len=0, max_ext_len=0)
+        magic, version, kind, body, _pad = fields
+    except Exception as error:  # msgpack raises a dozen types for garbage
+        raise InvalidTicket(
+            f"these {len(envelope)} bytes are no shmroute ticket ({type(error).__name__}: {error})"
+        ) from error
+    if magic != _MAGIC:
+        raise InvalidTicket(f"these {len(envelope)} bytes are no shmroute ticket: no mark")
+    if version != _VERSION:
+        raise InvalidTicket(
+            f"ticket version {version!r}, this shmroute reads {_VERSION}: install the same "
+            "shmroute release in the engine and the trainer"
+        )
+    try:
+        if kind == _TICKET:
+            return _decode_ticket(body)
+        if kind == _INLINE:
+            return _decode_inline(body)
+        if kind == _FAILED:
+            rid, reason = body
+            raise RouteFailed(
+                f"rid {_rid(rid)!r}: the engine kept no routes: {_typed(reason, str, 'reason')}"
+            )
+    except InvalidTicket:
+        raise
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise InvalidTicket(f"a ticket with impossible fields: {error}") from error
+    raise InvalidTicket(f"ticket of unknown kind {kind!r}")
+
+
+def _decode_ticket(body: Any) -> Ticket:
+    boot, host, name, arena_id, slot, generation, rid, start, tokens, layers, top_k, code, done = (
+        body
+    )
+    segment = _segment(_typed(name, str, "segment")[:_SEGMENT_NAME_MAX])
+    if segment is None or segment.temporary or segment.arena_id != arena_id:
+        raise InvalidTicket(f"the ticket names no arena segment: {name!r:.120}")
+    if done not in (None, True, False):
+        raise InvalidTicket(f"the ticket's complete is {done!r}")
+    if len(_typed(boot, bytes, "boot id")) != 16:
+        raise InvalidTicket(f"the ticket's boot id has {len(boot)} bytes")
+    text = boot.hex()
+    ticket = Ticket(
+        boot_id="-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])),
+        host=_typed(host, bytes, "host").decode("utf-8", "replace"),
+        segment=segment,
+        slot=_bounded(slot, 0, MAX_SLOTS - 1, "slot"),
+        generation=_bounded(generation, 2, (1 << 64) - 2, "generation"),
+        rid=_rid(rid),
+        start=_bounded(start, 0, MAX_TOKENS, "start"),
+        tokens=_bounded(tokens, 1, MAX_TOKENS, "tokens"),
+        layers=_bounded(layers, 1, MAX_LAYERS, "layers"),
+        top_k=_bounded(top_k, 1, 256, "top_k"),
+        dtype=_DTYPE_NAMES[_bounded(code, 1, 2, "dtype")],
+        complete=done,
+    )
+    if ticket.generation % 2:
+        raise InvalidTicket(f"the ticket's generation {ticket.generation} is odd")
+    return ticket
+
+
+def _decode_inline(body: Any) -> InlineRecord:
+    rid, start, prompt, experts, top_k, layers, num_layers, model, metadata, rows = body
+    if not isinstance(layers, list) or len(layers) > MAX_LAYERS:
+        raise InvalidTicket("the inline record's layers are no list of layer numbers")
+    routes = RouteLayout(
+        _bounded(experts, 1, 65536, "num_experts"),
+        _bounded(top_k, 1, 256, "top_k"),
+        [_bounded(layer, 0, 1 << 20, "layer") for layer in layers],
+        model=_typed(model, str, "model"),
+        num_layers=_bounded(num_layers, 1, 1 << 20, "num_layers"),
+    )
+    rows = _typed(rows, bytes, "rows")
+    if len(rows) % routes.row_bytes:
+        raise InvalidTicket(
+            f"the inline record has {len(rows)} bytes of rows, no multiple of {routes.row_bytes}"
+        )
+    tokens = len(rows) // routes.row_bytes
+    return InlineRecord(
+        rid=_rid(rid),
+        start=_bounded(start, 0, MAX_TOKENS, "start"),
+        prompt_tokens=_bounded(prompt, 0, MAX_TOKENS, "prompt tokens"),
+        routes=routes,
+        metadata=Metadata.unpack(_typed(metadata, bytes, "metadata"), tokens),
+        rows=np.frombuffer(rows, dtype=routes.dtype).reshape(tokens, *routes.row_shape),
+    )
+
+
+@lru_cache(maxsize=64)
+def _segment(name: str) -> SegmentName | None:
+    """``parse_segment`` for the few segments that a process gets tickets of."""
+    return parse_segment(name)
+
+
+def _typed(value: Any, kind: type, what: str) -> Any:
+    if type(value) is not kind:
+        raise InvalidTicket(f"the ticket's {what} is a {type(value).__name__}")
+    return value
+
+
+def _bounded(value: Any, low: int, high: int, what: str) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidTicket(f"the ticket's {what} is {value!r:.40}, not within [{low}, {high}]")
+    return value
+
+
+def _rid(rid: Any) -> str:
+    if len(_typed(rid, str, "rid")) > RID_BYTES_MAX:
+        raise InvalidTicket(f"the ticket's rid has {len(rid)} characters")
+    return str(rid)
+
+
+def parse_source(source: Any) -> Ticket | InlineRecord | str:
+    """What a user may hand to a reader: a rid, a ticket (bytes or base64 text), a response.
+
+    A response is SGLang's output with ``meta_info``, a ``meta_info`` by itself, an OpenAI
+    response with ``sglext``, or ``sglext`` by itself.
+    """
+    if isinstance(source, Ticket | InlineRecord):
+        return source
+    if isinstance(source, bytes | bytearray | memoryview):
+        return decode(source)
+    if isinstance(source, str):
+        if source.startswith(_TEXT_PREFIX):
+            return _decode_text(source)
+        if len(source) > RID_BYTES_MAX:
+            raise InvalidTicket(
+                f"a text of {len(source)} characters is neither a rid nor a ticket; are these "
+                "SGLang's native routes (int32 in base64)?"
+            )
+        return source
+    if isinstance(source, Mapping):
+        return _decode_text(_carried(source))
+    raise InvalidTicket(f"a {type(source).__name__} is no rid, ticket or response")
+
+
+def _carried(response: Mapping[str, Any]) -> str:
+    inner = response.get("meta_info") or response.get("sglext") or response
+    text = inner.get("routed_experts") if isinstance(inner, Mapping) else None
+    if not isinstance(text, str):
+        raise InvalidTicket(
+            f"the response carries no routed_experts (keys: {sorted(map(str, response))[:12]}): "
+            "send the request with return_routed_experts=True, and read a stream's last chunk"
+        )
+    return text
+
+
+def _decode_text(text: str) -> Ticket | InlineRecord:
+    try:
+        envelope = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidTicket(
+            f"routed_experts holds no base64 of a ticket ({error}): {text[:24]!r}"
+        ) from error
+    return decode(envelope)

@@ -1,0 +1,131 @@
+"""Arrays over a leased record: they keep the lease, and a whole one pickles as its ticket.
+
+NumPy and torch know nothing of leases, so the lease hangs on the object that owns the
+storage: ``LeasedRows`` exports the rows through the array interface and becomes the base
+of every array, slice and tensor made of them. The lease drops when the last is gone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .attached import AttachedArena
+
+
+class LeasedRows:
+    """Owner of one lease and of the rows under it, for NumPy's array interface."""
+
+    __slots__ = ("__array_interface__", "__weakref__", "_arena", "_slot", "address", "nbytes")
+
+    def __init__(
+        self,
+        arena: AttachedArena,
+        slot: int,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+    ) -> None:
+        self._arena = arena
+        self._slot = slot
+        self.address = arena.memory.heap_address + offset
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.str,
+            "data": (self.address, True),  # True: read-only
+        }
+
+    def __del__(self) -> None:
+        self._arena.leases.drop(self._slot)
+
+
+class RouteArray(np.ndarray[Any, Any]):
+    """Read-only view of a record that pickles as its ticket (about 200 bytes).
+
+    Only a view in the mapping does: it maps the record again where it is loaded, slices
+    included. Copies and computed results are ordinary arrays and pickle by value.
+    """
+
+    _source: tuple[LeasedRows, bytes] | None
+
+    def __array_finalize__(self, parent: Any) -> None:
+        self._source = getattr(parent, "_source", None)
+
+    def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
+        plain = np.asarray(array)
+        return plain[()] if return_scalar else plain
+
+    def __reduce__(self) -> Any:
+        where = self._place()
+        if where is None:
+            return np.array(self).__reduce__()
+        ticket, offset = where
+        return _map_again, (ticket, offset, self.shape, self.strides, self.dtype.str)
+
+    def _place(self) -> tuple[bytes, int] | None:
+        """Ticket and byte offset of this view, or None if it is not one."""
+        if self._source is None:
+            return None
+        rows, ticket = self._source
+        low, high = np.lib.array_utils.byte_bounds(self) if self.size else (0, 0)
+        if not rows.address <= low <= high <= rows.address + rows.nbytes:
+            return None
+        return ticket, int(self.__array_interface__["data"][0]) - rows.address
+
+
+def route_array(rows: LeasedRows, ticket: bytes) -> RouteArray:
+    """A ``RouteArray`` over all rows of a lease."""
+    array = np.asarray(rows).view(RouteArray)
+    array._source = (rows, ticket)
+    return array
+
+
+
+def _map_again(
+    ticket: bytes, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], typestr: str
+) -> RouteArray:
+    """Unpickle: map the record again and cut out the same view.
+
+    The pickle is untrusted like every ticket: the view must lie within the record.
+    """
+    from .reader import ShmRouteReader
+
+    with ShmRouteReader(ticket, allow_missing=True) as routes:
+        whole = routes.array()
+    dtype = np.dtype(typestr)
+    if dtype.hasobject:
+        raise ValueError(f"a route array of dtype {dtype} cannot be mapped")
+    flat = whole.reshape(-1).view(np.uint8)
+    # NumPy's own constructor checks that offset, shape and strides stay inside the buffer.
+    view = np.ndarray(shape, dtype=dtype, buffer=flat, offset=offset, strides=strides)
+    result = view.view(RouteArray)
+    result._source = whole._source
+    return result
+
+
+def as_tensor(rows: LeasedRows) -> Any:
+    """A torch tensor over the rows; it and its views keep the lease.
+
+    torch has no read-only tensors: writing into this one is a segmentation fault. Nothing
+    is copied. ``uint16`` rows need torch >= 2.3.
+    """
+    import torch
+
+    writable: npt.NDArray[Any] = np.asarray(_Writable(rows))
+    return torch.from_numpy(writable)
+
+
+class _Writable:
+    """The same rows without the read-only mark, which torch would only warn about."""
+
+    def __init__(self, rows: LeasedRows) -> None:
+        self._rows = rows
+        self.__array_interface__ = dict(
+            rows.__array_interface__, data=(rows.address, False)
+        )

@@ -1,0 +1,477 @@
+"""Reserve, seal, fail, reclaim: the writer's half of the record protocol.
+
+States of a slot, and who moves them::
+
+    FREE --reserve--> WRITING --seal--> SEALED --reclaim--> FREE
+                         |
+                         +-----fail---> FREE, and the generation is remembered as failed
+
+    reserve   1 take a free slot and its exclusive lease (a busy one: another slot)
+              2 take an extent                     3 write the rid's hash
+              4 store the odd word                 5 issue the ticket
+    seal      1 all rows are in memory (the caller waited for its copy)
+              2 write metadata and slot row        3 store the even word
+              4 drop the lease
+    fail      1 write the failed generation        2 store 0, drop the lease
+              3 give slot and extent back
+    reclaim   1 find a released or expired record  2 take its exclusive lease
+              3 read word and release again        4 store 0, drop the lease
+              5 give slot and extent back
+
+Races, and where they are closed
+    - A reader that holds a lease while its record is released: reclaim step 2 fails.
+    - A release that arrives between reclaim's scan and its lease: step 3 reads again.
+    - A reader that comes late, with a ticket of an earlier life of the slot: generations are
+      never reused, so its generation cannot be in the word again.
+    - The writer dies anywhere: the word is odd and the lease is free (unsealed, never
+      handed out), or the word is even and everything it covers was written before it.
+
+Threads
+    One side reserves (serialised by ``_reserving``, which nothing else takes, so that an
+    engine's scheduler thread never waits), any thread seals or fails, any thread reclaims
+    (who finds ``_reclaiming`` taken leaves it to the other). Freed slots and extents go back to
+    the reserving side through a queue, since the allocator is its own.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import layout
+from .counters import RECLAIMING, RESERVING, SEALING, Counters
+from .errors import ArenaFull, ShmRouteError
+from .extents import ExtentAllocator
+from .leases import ExclusiveLeases
+from .memory import ArenaMemory, rid_hash
+from .metadata import Metadata, WeightRun, merge_ranges
+from .ticket import RID_BYTES_MAX, InlineRecord, Ticket
+
+# A free slot can be busy for an instant while a late reader looks at it.
+_BUSY_SLOTS_TRIED = 64
+# Reclaiming on the reserving side is bounded: the sealing side does the bulk.
+_RECLAIMED_AT_ONCE = 64
+# Below this share of free heap or slots, expired records are evicted ahead of need.
+_PRESSURE = 8
+
+
+class Reservation:
+    """One record between ``reserve`` and ``seal`` or ``fail``.
+
+    As a context manager it seals on leaving, and fails when an exception passes.
+
+    Attributes
+    ----------
+    rows
+        Writable ``[tokens, moe_layers, top_k]`` array over the record's extent.
+    ticket
+        The envelope (bytes) that lets a reader find the record; valid at once.
+    open
+        Neither sealed nor failed yet.
+    """
+
+    def __init__(
+        self,
+        writer: RecordWriter,
+        slot: int,
+        generation: int,
+        rid: str,
+        start: int,
+        tokens: int,
+        prompt_tokens: int,
+        plan: layout.ExtentPlan,
+        offset: int,
+    ) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.rid = rid
+        self.start = start
+        self.tokens = tokens
+        self.prompt_tokens = prompt_tokens
+        self.offset = offset
+        self.plan = plan
+        self.complete: bool | None = None
+        self._writer = writer
+        self.open = True
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        memory = self._writer.memory
+        routes = memory.description.routes
+        return memory.array(self.offset, (self.tokens, *routes.row_shape), routes.dtype)
+
+    @property
+    def ticket(self) -> bytes:
+        description = self._writer.memory.description
+        return Ticket(
+            boot_id=description.writer.boot_id,
+            host=description.writer.host,
+            segment=self._writer.memory.segment,
+            slot=self.slot,
+            generation=self.generation,
+            rid=self.rid,
+            start=self.start,
+            tokens=self.tokens,
+            layers=description.routes.row_shape[0],
+            top_k=description.routes.top_k,
+            dtype=description.routes.dtype_name,
+            complete=self.complete,
+        ).encode()
+
+    def seal(
+        self,
+        *,
+        missing: Iterable[tuple[int, int]] = (),
+        versions: Iterable[WeightRun | tuple[int, int, str]] = (),
+    ) -> None:
+        """Hand the record to its readers. Every row must be in memory by now.
+
+        Parameters
+        ----------
+        missing
+            ``[first, end)`` ranges of rows that must not be used.
+        versions
+            Runs ``(first row, epoch, label)`` of weight versions, in row order.
+
+        Raises
+        ------
+        ShmRouteError
+            Already sealed or failed; or the metadata outgrew its room (the record then is
+            failed, and its readers are told so).
+        """
+        self._end()
+        self._writer.seal(self, Metadata(self.rid, merge_ranges(missing), _runs(versions)))
+
+    def fail(self, reason: str) -> None:
+        """Give the record up; whoever holds its ticket gets ``RouteFailed`` with ``reason``."""
+        self._end()
+        self._writer.fail(self, reason)
+
+    def _end(self) -> None:
+        if not self.open:
+            raise ShmRouteError(f"the record of rid {self.rid!r} is sealed or failed already")
+        self.open = False
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self.open:
+            return
+        if error is None:
+            self.seal()
+        else:
+            self.fail(f"aborted by {type(error).__name__}: {error}")
+
+
+def _runs(versions: Iterable[WeightRun | tuple[int, int, str]]) -> tuple[WeightRun, ...]:
+    return tuple(WeightRun(int(first), int(epoch), str(label)) for first, epoch, label in versions)
+
+
+class RecordWriter:
+    """Owner of an arena's slots and heap. One per arena, in the writer process.
+
+    Parameters
+    ----------
+    memory, leases
+        The mapped arena and the writer's end of its leases.
+    retention
+        Seconds after which an unreleased record may be evicted, when space is needed.
+    keep_versions
+        Weight epochs after which it may; None: no limit.
+    checksum
+        Store a CRC-32 of the rows with each record.
+    """
+
+    def __init__(
+        self,
+        memory: ArenaMemory,
+        leases: ExclusiveLeases,
+        *,
+        retention: float,
+        keep_versions: int | None,
+        checksum: bool,
+    ) -> None:
+        self.memory = memory
+        self.weight_epoch = 0
+        self.counters = Counters(memory.counters, RESERVING)
+        self._sealing_counters = Counters(memory.counters, SEALING)
+        self._reclaiming_counters = Counters(memory.counters, RECLAIMING)
+        self._leases = leases
+        self._retention = retention
+        self._keep_versions = keep_versions
+        self._checksum = checksum
+        slots = memory.description.slots
+        self._allocator = ExtentAllocator(memory.description.heap_bytes)
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._next_generation = 2
+        # Private to the writer: what reclaiming needs to know of sealed records.
+        self._extent_of = np.zeros((slots, 2), dtype=np.int64)
+        self._sealed_at = np.zeros(slots, dtype=np.float64)
+        self._epoch_of = np.zeros(slots, dtype=np.int64)
+        self._freed: deque[tuple[int, int, int]] = deque()
+        self._reserving = threading.Lock()
+        self._sealing = threading.Lock()
+        self._reclaiming = threading.Lock()
+
+    # -- reserve ---------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        rid: str,
+        *,
+        tokens: int,
+        start: int = 0,
+        prompt_tokens: int = 0,
+        after: Reservation | None = None,
+    ) -> Reservation:
+        """Take a slot and an extent for one record.
+
+        Parameters
+        ----------
+        rid
+            The request's id, up to 4096 characters.
+        tokens
+            Rows of the record, at least 1; row ``i`` belongs to token ``start + i``.
+        after
+            Put the record right behind this one where that space is free, so that one
+            copy can fill both.
+
+        Raises
+        ------
+        ArenaFull
+            No slot or no contiguous extent, also after reclaiming.
+        ValueError
+            A size that no record can have.
+        """
+        _check_request(rid, tokens, start)
+        plan = layout.plan_extent(
+            self.memory.description.routes, len(rid.encode("utf-8", "surrogatepass")), tokens
+        )
+        with self._reserving:
+            self._take_back()
+            slot, offset = self._allocate(plan.total_bytes, after)
+            generation = self._next_generation
+            self._next_generation += 2
+            self._extent_of[slot] = offset, plan.total_bytes
+            self.memory.hashes[slot] = rid_hash(rid)
+            self.memory.words[slot] = generation + 1  # odd: from here on readers wait
+            self.counters.add("reserved")
+            self._publish_usage()
+        return Reservation(
+            self, slot, generation, rid, start, tokens, prompt_tokens, plan, offset
+        )
+
+    def inline(
+        self,
+        rid: str,
+        rows: npt.NDArray[Any],
+        *,
+        start: int = 0,
+        prompt_tokens: int = 0,
+        missing: Iterable[tuple[int, int]] = (),
+        versions: Iterable[WeightRun | tuple[int, int, str]] = (),
+    ) -> bytes:
+        """An envelope with the rows in it, for when the arena cannot take them."""
+        metadata = Metadata(rid, merge_ranges(missing), _runs(versions))
+        routes = self.memory.description.routes
+        return InlineRecord(rid, start, prompt_tokens, routes, metadata, rows).encode()
+
+    def _allocate(self, size: int, after: Reservation | None) -> tuple[int, int]:
+        near = None if after is None else after.offset + after.plan.total_bytes
+        offset = self._allocator.allocate(size, near)
+        if offset is None or not self._free_slots:
+            self._make_room(size)
+            offset = self._allocator.allocate(size, near) if offset is None else offset
+        if offset is None:
+            raise ArenaFull(self._full(f"{size} contiguous bytes"))
+        slot = self._free_slot()
+        if slot is None:
+            self._allocator.free(offset, size)
+            raise ArenaFull(self._full("a free slot"))
+        return slot, offset
+
+    def _free_slot(self) -> int | None:
+        """A free slot under its exclusive lease; one that a late reader looks at is skipped."""
+        busy: list[int] = []
+        found = None
+        while found is None and self._free_slots and len(busy) < _BUSY_SLOTS_TRIED:
+            slot = self._free_slots.pop()
+            if self._leases.try_acquire(slot):
+                found = slot
+            else:
+                busy.append(slot)
+        self._free_slots.extend(busy)
+        return found
+
+    def _take_back(self) -> None:
+        while self._freed:
+            slot, offset, size = self._freed.popleft()
+            self._allocator.free(offset, size)
+            self._free_slots.append(slot)
+
+    def _make_room(self, size: int) -> None:
+        self.reclaim(limit=_RECLAIMED_AT_ONCE)
+        self._take_back()
+        if self._allocator.largest < size or not self._free_slots:
+            self.evict_expired(until_bytes=size, limit=_RECLAIMED_AT_ONCE)
+            self._take_back()
+
+    def _publish_usage(self) -> None:
+        allocator = self._allocator
+        self.counters.set("heap_bytes_in_use", allocator.total - allocator.free_bytes)
+        self.counters.set("slots_in_use", self.memory.description.slots - len(self._free_slots))
+
+    def _full(self, what: str) -> str:
+        allocator, description = self._allocator, self.memory.description
+        return (
+            f"arena {description.arena_id.hex()} has not {what}: {allocator.free_bytes} of "
+            f"{allocator.total} heap bytes are free (largest piece {allocator.largest}), "
+            f"{len(self._free_slots)} of {description.slots} slots. Remedy: release records "
+            "after training on them (routes.release(), shmroute.release(tickets)), a shorter "
+            "retention, or a larger capacity or more slots"
+        )
+
+    # -- seal and fail -----------------------------------------------------------------------
+
+    def seal(self, record: Reservation, metadata: Metadata) -> None:
+        """See ``Reservation.seal``."""
+        blob = metadata.pack(record.tokens)
+        if len(blob) > record.plan.metadata_capacity:
+            reason = (
+                f"its metadata takes {len(blob)} bytes of {record.plan.metadata_capacity} "
+                f"({len(metadata.missing)} missing ranges, {len(metadata.versions)} weight runs)"
+            )
+            self.fail(record, reason)
+            raise ShmRouteError(f"the record of rid {record.rid!r} was failed: {reason}")
+        at = record.offset + record.plan.metadata_offset
+        self.memory.heap[at : at + len(blob)] = blob
+        row = layout.SlotRow(
+            generation=record.generation,
+            extent_offset=record.offset,
+            extent_bytes=record.plan.total_bytes,
+            metadata_offset=at,
+            sealed_ns=time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+            tokens=record.tokens,
+            start=record.start,
+            prompt_tokens=record.prompt_tokens,
+            missing_rows=metadata.missing_rows,
+            metadata_bytes=len(blob),
+            flags=layout.FLAG_CHECKSUM if self._checksum else 0,
+            checksum=zlib.crc32(record.rows) if self._checksum else 0,
+        )
+        slot = record.slot
+        layout.write_record(self.memory.data, self.memory.description.slot_offset(slot), row)
+        self._sealed_at[slot] = time.monotonic()
+        self._epoch_of[slot] = max(
+            (run.epoch for run in metadata.versions), default=self.weight_epoch
+        )
+        record.complete = metadata.missing_rows == 0
+        with self._sealing:
+            self._sealing_counters.add("sealed")
+            self._sealing_counters.add("rows_sealed", record.tokens)
+            self._sealing_counters.add("rows_missing", metadata.missing_rows)
+            self._sealing_counters.add("incomplete", not record.complete)
+        self.memory.words[slot] = record.generation
+        self._leases.release(slot)
+
+    def fail(self, record: Reservation, reason: str) -> None:
+        """See ``Reservation.fail``."""
+        slot = record.slot
+        offset = self.memory.description.slot_offset(slot)
+        layout.write_failure(self.memory.data, offset, record.generation, reason)
+        with self._sealing:
+            self._sealing_counters.add("failed")
+        self._give_back(slot)
+
+    def _give_back(self, slot: int) -> None:
+        """Store 0 under the exclusive lease, drop it, queue slot and extent as free."""
+        offset, size = self._extent_of[slot]
+        self.memory.words[slot] = 0
+        self._leases.release(slot)
+        self._freed.append((slot, int(offset), int(size)))
+
+    # -- reclaim -------------------------------------------------------------------------------
+
+    def reclaim(self, *, limit: int | None = None) -> int:
+        """Take back released records that nobody leases; returns how many."""
+        words = self.memory.words
+        released = (self.memory.acknowledgements == words) & (words != 0) & (words & 1 == 0)
+        return self._recycle_all(np.flatnonzero(released)[:limit], "released")
+
+    def evict_expired(self, *, until_bytes: int = 0, limit: int | None = None) -> int:
+        """Evict expired records, the oldest first, until ``until_bytes`` came free.
+
+        Expired: older than ``retention``, or than ``keep_versions`` weight epochs. A record
+        under a lease is left alone.
+        """
+        words = self.memory.words
+        expired = self._sealed_at < time.monotonic() - self._retention
+        if self._keep_versions is not None:
+            expired |= self._epoch_of <= self.weight_epoch - self._keep_versions
+        slots = np.flatnonzero(expired & (words != 0) & (words & 1 == 0))
+        slots = slots[np.argsort(self._sealed_at[slots])][:limit]
+        return self._recycle_all(slots, "evicted", until_bytes)
+
+    def maintain(self) -> None:
+        """What the sealing side does between records, so that reserving finds room."""
+        self.reclaim()
+        allocator = self._allocator
+        scarce = allocator.free_bytes * _PRESSURE < allocator.total
+        if scarce or len(self._free_slots) * _PRESSURE < self.memory.description.slots:
+            self.evict_expired(until_bytes=allocator.total // _PRESSURE)
+
+    def _recycle_all(self, slots: npt.NDArray[np.intp], kind: str, enough: int = 0) -> int:
+        if not len(slots) or not self._reclaiming.acquire(blocking=False):
+            return 0
+        recycled = freed = 0
+        try:
+            for slot in map(int, slots):
+                if not self._recycle(slot, released=kind == "released"):
+                    continue
+                recycled += 1
+                freed += int(self._extent_of[slot, 1])
+                if enough and freed >= enough:
+                    break
+            self._reclaiming_counters.add(kind, recycled)
+        finally:
+            self._reclaiming.release()
+        return recycled
+
+    def _recycle(self, slot: int, *, released: bool) -> bool:
+        generation = int(self.memory.words[slot])
+        if generation == 0 or generation & 1 or not self._leases.try_acquire(slot):
+            return False
+        # Under the exclusive lease nobody reads or releases: what is true now stays true.
+        if released and int(self.memory.acknowledgements[slot]) != generation:
+            self._leases.release(slot)
+            return False
+        self._give_back(slot)
+        return True
+
+    def in_flight(self) -> Iterator[int]:
+        """Slots that are reserved and not sealed."""
+        return map(int, np.flatnonzero(self.memory.words & 1))
+
+
+def _check_request(rid: str, tokens: int, start: int) -> None:
+    if not rid or len(rid) > RID_BYTES_MAX:
+        raise ValueError(f"a rid has 1 to {RID_BYTES_MAX} characters, this one {len(rid)}")
+    if not 1 <= tokens < layout.MAX_TOKENS or not 0 <= start < layout.MAX_TOKENS:
+        raise ValueError(
+            f"a record has 1 to {layout.MAX_TOKENS - 1} rows and starts within the same bound; "
+            f"got tokens={tokens}, start={start}. For no rows at all use inline()"
+        )
