@@ -29,6 +29,7 @@ from .publisher import Publisher
 from .settings import Settings
 from .shadow import Shadow
 from .table import RouteTable
+from .tags import FOREIGN_TOKEN, POSITION_MAX
 
 logger = logging.getLogger("shmroute")
 
@@ -62,7 +63,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         else:
             self.num_fused_shared_experts = fused
             self.topk_size, self.num_layers = text.num_experts_per_tok, text.num_hidden_layers
-            self.host_cache = None
+            self.host_cache: Any = None
         self.device_cache = BaseDeviceCache(
             largest_forward(max_running_requests, int(model_config.context_len)),
             self.num_layers,
@@ -90,6 +91,10 @@ class ArenaCapturer(RoutedExpertsCapturer):
                 "--shmroute-table host: this version keeps the table where the model runs; leave "
                 "it at auto"
             )
+        if model_config.context_len > POSITION_MAX:
+            raise StartRefused(
+                f"a context of {model_config.context_len} tokens: tags tell {POSITION_MAX} apart"
+            )
         arena = Arena.create(
             settings.arena,
             routes,
@@ -100,7 +105,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             checksum=settings.checksum,
         )
         counters = Counters(arena.memory.counters, SHADOW)
-        vocabulary = int(model_config.vocab_size)
+        vocabulary = min(int(model_config.vocab_size), FOREIGN_TOKEN)
         publisher = Publisher(
             arena,
             self.epochs,

@@ -39,24 +39,12 @@ def register() -> None:
             if asked or settings.flags_wanted():
                 _register_launcher()
         elif asked and "sglang.srt.managers.scheduler" in sys.modules:
-            _register_scheduler()
+            from . import scheduler
+
+            scheduler.register()
     except (StartRefused, ValueError) as error:
         # SystemExit, because SGLang's loader swallows every Exception.
         raise SystemExit(f"shmroute: the engine does not start: {error}") from error
-
-
-def _hook(site: sites.Site, hook: Callable[..., Any], kind: str) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(site.target, hook, HookType[kind])
-
-
-def _apply(*hooked: sites.Site) -> None:
-    """Apply now instead of after ``register``, so that a hook that does not hold is noticed."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
-    HookRegistry.apply_hooks()
-    sites.check_hooked(hooked)
 
 
 # -- launcher ----------------------------------------------------------------------------------
@@ -66,10 +54,10 @@ def _apply(*hooked: sites.Site) -> None:
 def _register_launcher() -> None:
     basic = (sites.ADD_ARGUMENTS, sites.FROM_ARGUMENTS, sites.RESOLVE)
     sites.check_sites(basic)
-    _hook(sites.ADD_ARGUMENTS, _add_arguments, "AFTER")
-    _hook(sites.FROM_ARGUMENTS, _from_arguments, "AROUND")
-    _hook(sites.RESOLVE, _resolve, "AROUND")
-    _apply(*basic)
+    sites.hook(sites.ADD_ARGUMENTS, _add_arguments, "AFTER")
+    sites.hook(sites.FROM_ARGUMENTS, _from_arguments, "AROUND")
+    sites.hook(sites.RESOLVE, _resolve, "AROUND")
+    sites.apply(*basic)
 
 
 def _add_arguments(_result: None, parser: Any) -> None:
@@ -123,10 +111,10 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
 
 @functools.cache
 def _hook_launcher(arena: str) -> None:
-    _hook(sites.CHAT, _refuse_several_choices, "AFTER")
-    _hook(sites.COMPLETION, _refuse_several_choices, "AFTER")
-    _hook(sites.KILLED, functools.partial(_reap_after_kill, arena, os.getpid()), "AFTER")
-    _apply(sites.CHAT, sites.COMPLETION, sites.KILLED)
+    sites.hook(sites.CHAT, _refuse_several_choices, "AFTER")
+    sites.hook(sites.COMPLETION, _refuse_several_choices, "AFTER")
+    sites.hook(sites.KILLED, functools.partial(_reap_after_kill, arena, os.getpid()), "AFTER")
+    sites.apply(sites.CHAT, sites.COMPLETION, sites.KILLED)
 
 
 def _refuse_several_choices(result: str | None, _serving: Any, request: Any) -> str | None:
@@ -164,67 +152,3 @@ def _reap_after_kill(
     """The launcher has killed its engine: remove what nobody needs of its arenas."""
     if os.getpid() == launcher and parent_pid in (None, launcher) and not include_parent:
         reaper.reap(arena)
-
-
-# -- scheduler ---------------------------------------------------------------------------------
-
-
-def _register_scheduler() -> None:
-    from . import collect
-    from .capturer import ArenaCapturer
-
-    sites.check_sites((*sites.SCHEDULER, *sites.USED))
-    sites.check_attributes()
-    _hook(sites.CREATE, _create, "AROUND")
-    _hook(sites.FORWARD, functools.partial(_forward_begins, ArenaCapturer), "BEFORE")
-    _hook(sites.COLLECT, lambda _original, self, req: collect.collect(self, req), "AROUND")
-    for site in (sites.DECODED, sites.PREFILLED):
-        _hook(site, lambda _result, *_arguments, **_options: collect.flush(), "AFTER")
-    _hook(sites.STREAMED, lambda _self, *, req: collect.count_streamed(req), "BEFORE")
-    _hook(sites.ABORTED, _aborted, "BEFORE")
-    for site in sites.UPDATES:
-        _hook(site, functools.partial(_weights_change, ArenaCapturer), "BEFORE")
-    _hook(sites.RENAMED, functools.partial(_weights_renamed, ArenaCapturer), "BEFORE")
-    _apply(*sites.SCHEDULER)
-
-
-def _create(_original: Callable[..., Any], **arguments: Any) -> Any:
-    from sglang.srt.runtime_context import get_exec
-
-    from .capturer import ArenaCapturer
-
-    if not get_exec().features.enable_return_routed_experts:
-        raise StartRefused("this scheduler was started without enable_return_routed_experts")
-    return ArenaCapturer(Settings.from_environment(), **arguments)
-
-
-def _forward_begins(
-    capturer_type: type, runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any
-) -> None:
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    capturer = get_global_experts_capturer()
-    if not runner.is_draft_worker and isinstance(capturer, capturer_type):
-        capturer.on_forward_begin(forward_batch)
-
-
-def _aborted(_scheduler: Any, abort_req: Any, req: Any) -> None:
-    from . import collect
-
-    collect.count_aborted(req)
-
-
-def _weights_change(capturer_type: type, _updater: Any, recv_req: Any) -> None:
-    _begin_update(capturer_type, getattr(recv_req, "weight_version", None))
-
-
-def _weights_renamed(capturer_type: type, _scheduler: Any, new_version: str) -> None:
-    _begin_update(capturer_type, new_version)
-
-
-def _begin_update(capturer_type: type, label: str | None) -> None:
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    capturer = get_global_experts_capturer()
-    if isinstance(capturer, capturer_type):
-        capturer.weights_change(label)

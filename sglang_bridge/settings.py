@@ -43,7 +43,7 @@ def _option(parse: Callable[[str], Any], default: Any, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """One engine's settings; each field is a flag ``--shmroute-*`` and a variable ``SHMROUTE_*``."""
+    """An engine's settings; each field is a flag ``--shmroute-*`` and a ``SHMROUTE_*`` variable."""
 
     arena: str = _option(
         check_arena_name, "", "Name of the shared-memory arena; turns shmroute on."

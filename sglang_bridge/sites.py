@@ -11,14 +11,15 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .errors import StartRefused
 
 _MANAGERS = "sglang.srt.managers."
-_PROCESSOR = _MANAGERS + "scheduler_components.batch_result_processor.SchedulerBatchResultProcessor."
-_UPDATER = _MANAGERS + "scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
+_PARTS = _MANAGERS + "scheduler_components."
+_PROCESSOR = _PARTS + "batch_result_processor.SchedulerBatchResultProcessor."
+_UPDATER = _PARTS + "weight_updater.SchedulerWeightUpdaterManager."
 _OPENAI = "sglang.srt.entrypoints.openai."
 
 
@@ -43,7 +44,7 @@ COLLECT = Site(_PROCESSOR + "_maybe_collect_routed_experts", ("self", "req"))
 DECODED = Site(_PROCESSOR + "process_batch_result_decode", ("self", "batch", "result"))
 PREFILLED = Site(_PROCESSOR + "process_batch_result_prefill", ("self", "batch", "result"))
 STREAMED = Site(
-    _MANAGERS + "scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+    _PARTS + "output_streamer._GenerationStreamAccumulator.accept",
     ("self", "req"),
 )
 ABORTED = Site(_MANAGERS + "scheduler.Scheduler.send_abort_output", ("self", "abort_req", "req"))
@@ -58,14 +59,14 @@ UPDATES = tuple(
         "end_weight_update",
     )
 )
-RENAMED = Site(_MANAGERS + "scheduler.Scheduler.record_weight_version_change", ("self", "new_version"))
+RENAMED = Site(
+    _MANAGERS + "scheduler.Scheduler.record_weight_version_change", ("self", "new_version")
+)
 CHAT = Site(_OPENAI + "serving_chat.OpenAIServingChat._validate_request", ("self", "request"))
 COMPLETION = Site(
     _OPENAI + "serving_completions.OpenAIServingCompletion._validate_request", ("self", "request")
 )
-KILLED = Site(
-    "sglang.srt.utils.common.kill_process_tree", ("parent_pid", "include_parent")
-)
+KILLED = Site("sglang.srt.utils.common.kill_process_tree", ("parent_pid", "include_parent"))
 
 _CAPTURER = "sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer."
 # Called or overridden, not hooked.
@@ -144,9 +145,19 @@ def check_attributes() -> None:
             )
 
 
-def check_hooked(sites: Iterable[Site]) -> None:
-    """Check that the hooks are in place: SGLang only logs when it cannot apply one."""
-    for site in sites:
+def hook(site: Site, function: Callable[..., Any], kind: str) -> None:
+    """Register a hook: ``kind`` is BEFORE, AFTER or AROUND."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(site.target, function, HookType[kind])
+
+
+def apply(*hooked: Site) -> None:
+    """Apply the registered hooks now, and check that each is in place: SGLang only logs."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    HookRegistry.apply_hooks()
+    for site in hooked:
         if not hasattr(_resolve(site.target), "__wrapped__"):
             raise StartRefused(f"SGLang {version()} did not apply the hook on {site.target}")
 

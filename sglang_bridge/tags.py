@@ -63,9 +63,7 @@ def expected_places(
     return (positions << _TOKEN_BITS) | ids
 
 
-def wrong_rows(
-    tags: npt.NDArray[np.int64], places: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
+def wrong_rows(tags: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Mask of the rows whose tag does not name the expected token and position."""
     wrong: npt.NDArray[np.bool_] = (tags < 0) | ((tags & _PLACE_MASK) != places)
     return wrong

@@ -131,12 +131,13 @@ def doctor(capacity: str) -> None:
         findings = examine(parse_size(capacity))
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--capacity") from error
-    table = Table("check", "", "found", "remedy", box=SIMPLE_HEAD)
+    console = _console()
     for finding in findings:
         style = _VERDICT_STYLE.get(finding.verdict, "red")
-        verdict = f"[{style}]{finding.verdict}[/]"
-        table.add_row(finding.what, verdict, escape(finding.found), escape(finding.remedy))
-    _console().print(table)
+        line = f"[{style}]{finding.verdict:8}[/]{escape(finding.what)}: {escape(finding.found)}"
+        console.print(line)
+        if finding.remedy:
+            console.print(f"        remedy: {escape(finding.remedy)}")
     if any(finding.verdict not in (OK, NOTE) for finding in findings):
         sys.exit(1)
 
@@ -188,9 +189,9 @@ def _print_json(value: Any) -> None:
 
 
 def _overview(reports: Sequence[ArenaReport]) -> Table:
-    table = Table(
-        "arena", "id", "state", "user", "pid", "age", "model", "geometry", box=SIMPLE_HEAD
-    )
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("arena", "id", "state", "user", "pid", "age", "model", "geometry"):
+        table.add_column(heading)
     for heading in ("slots", "bytes", "capacity", "inline", "evicted", "incomplete", "failed"):
         table.add_column(heading, justify="right")
     for report in reports:
@@ -319,7 +320,7 @@ def _warnings(report: ArenaReport) -> list[str]:
             "names rid, token and layer; do not train on this engine's routes"
         )
     if report.state == inspection.DEAD:
-        lost = f", {use.in_flight:,} records will never be sealed" if use and use.in_flight else ""
+        lost = f" ({use.in_flight:,} of its records unsealed)" if use and use.in_flight else ""
         found.append(f"its writer is dead{lost}: shmroute gc removes it once nobody reads")
     return found
 

@@ -89,9 +89,7 @@ class ArenaMemory:
             os.close(fd)
 
     @classmethod
-    def _map(
-        cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool
-    ) -> ArenaMemory:
+    def _map(cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool) -> ArenaMemory:
         status = os.fstat(fd)
         if status.st_size < layout.PAGE:
             raise LayoutMismatch(f"{segment.data} has {status.st_size} bytes: no arena")

@@ -130,6 +130,7 @@ class ShmRouteReader:
         by_ticket = isinstance(source, Ticket)
         attached = _attach_ticket(source, arena) if isinstance(source, Ticket) else None
         while True:
+            opened: bool | None
             if isinstance(source, Ticket):
                 assert attached is not None
                 opened = self._try_slot(attached, source.slot, source.generation, source.rid)
@@ -166,9 +167,10 @@ class ShmRouteReader:
 
     @staticmethod
     def _life_of(attached: AttachedArena, slot: int) -> int:
-        """The slot's generation, sealed or not; of a free slot the one that failed in it."""
-        word = int(attached.memory.words[slot])
-        return word & ~1 if word else attached.memory.failure(slot)[0]
+        """The slot's generation, sealed or not; of a free slot the last that it had."""
+        memory = attached.memory
+        word = int(memory.words[slot])
+        return word & ~1 if word else max(memory.row(slot).generation, memory.failure(slot)[0])
 
     def _try_slot(self, attached: AttachedArena, slot: int, generation: int, rid: str) -> bool:
         """Open the slot if it holds this generation sealed; False while it is in flight."""
@@ -207,9 +209,7 @@ class ShmRouteReader:
         _check_bounds(row, memory, slot)
         at = row.metadata_offset
         try:
-            metadata = Metadata.unpack(
-                bytes(memory.heap[at : at + row.metadata_bytes]), row.tokens
-            )
+            metadata = Metadata.unpack(bytes(memory.heap[at : at + row.metadata_bytes]), row.tokens)
         except ValueError as error:
             raise LayoutMismatch(f"slot {slot} of {attached.segment.data}: {error}") from error
         if metadata.rid != rid:
@@ -346,7 +346,7 @@ class ShmRouteReader:
         """
         if self._inline is not None or not self._row.flags & FLAG_CHECKSUM:
             return
-        found = zlib.crc32(np.ascontiguousarray(self.numpy()))
+        found = zlib.crc32(self.numpy().data)
         if found != self._row.checksum:
             raise ChecksumMismatch(
                 f"rid {self.rid!r}: CRC-32 {found:#x}, sealed with {self._row.checksum:#x}"

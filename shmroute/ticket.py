@@ -3,8 +3,8 @@
 Form
     msgpack ``["shmr", version, kind, body, pad]``. ``kind`` 0 is a ticket (where the
     record lies; at most 256 bytes for rids up to 64), 1 an inline record (the rows are in
-    it), 2 says why there are no rows. The pad makes the length no multiple of 4, so that a client which still decodes
-    int32 fails loudly instead of training on ticket bytes.
+    it), 2 says why there are no rows. The pad makes the length no multiple of 4, so that
+    a client which still decodes int32 fails loudly instead of training on ticket bytes.
 
 Tickets are untrusted input: every field's type and range is checked here, and the reader
 checks the record against the ticket again. Nothing is unpickled.
@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from .errors import InvalidTicket, RouteFailed
 from .layout import MAX_LAYERS, MAX_SLOTS, MAX_TOKENS, RouteLayout
-from .segments import SegmentName, parse_segment
 from .metadata import Metadata
+from .segments import SegmentName, parse_segment
 
 _MAGIC = "shmr"
 _VERSION = 1

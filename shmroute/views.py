@@ -73,10 +73,13 @@ class RouteArray(np.ndarray[Any, Any]):
         if self._source is None:
             return None
         rows, ticket = self._source
-        low, high = np.lib.array_utils.byte_bounds(self) if self.size else (0, 0)
-        if not rows.address <= low <= high <= rows.address + rows.nbytes:
+        first = int(self.__array_interface__["data"][0])
+        reach = [step * (length - 1) for step, length in zip(self.strides, self.shape, strict=True)]
+        low = first + sum(step for step in reach if step < 0)
+        high = first + sum(step for step in reach if step > 0) + self.itemsize
+        if not self.size or not rows.address <= low < high <= rows.address + rows.nbytes:
             return None
-        return ticket, int(self.__array_interface__["data"][0]) - rows.address
+        return ticket, first - rows.address
 
 
 def route_array(rows: LeasedRows, ticket: bytes) -> RouteArray:
@@ -84,7 +87,6 @@ def route_array(rows: LeasedRows, ticket: bytes) -> RouteArray:
     array = np.asarray(rows).view(RouteArray)
     array._source = (rows, ticket)
     return array
-
 
 
 def _map_again(
@@ -98,6 +100,8 @@ def _map_again(
 
     with ShmRouteReader(ticket, allow_missing=True) as routes:
         whole = routes.array()
+    if not isinstance(whole, RouteArray):
+        raise ValueError("the pickle of a route array names no record in shared memory")
     dtype = np.dtype(typestr)
     if dtype.hasobject:
         raise ValueError(f"a route array of dtype {dtype} cannot be mapped")
@@ -126,6 +130,4 @@ class _Writable:
 
     def __init__(self, rows: LeasedRows) -> None:
         self._rows = rows
-        self.__array_interface__ = dict(
-            rows.__array_interface__, data=(rows.address, False)
-        )
+        self.__array_interface__ = dict(rows.__array_interface__, data=(rows.address, False))

@@ -271,9 +271,7 @@ class RecordWriter:
             self.memory.words[slot] = generation + 1  # odd: from here on readers wait
             self.counters.add("reserved")
             self._publish_usage()
-        return Reservation(
-            self, slot, generation, rid, start, tokens, prompt_tokens, plan, offset
-        )
+        return Reservation(self, slot, generation, rid, start, tokens, prompt_tokens, plan, offset)
 
     def inline(
         self,
@@ -371,7 +369,7 @@ class RecordWriter:
             missing_rows=metadata.missing_rows,
             metadata_bytes=len(blob),
             flags=layout.FLAG_CHECKSUM if self._checksum else 0,
-            checksum=zlib.crc32(record.rows) if self._checksum else 0,
+            checksum=zlib.crc32(record.rows.data) if self._checksum else 0,
         )
         slot = record.slot
         layout.write_record(self.memory.data, self.memory.description.slot_offset(slot), row)

@@ -43,6 +43,6 @@ def use_plain_host_memory() -> None:
         return
     from sglang.srt.mem_cache.pool_host import common
 
-    from shmroute_cpu_platform.platform import pageable_memory
+    from .platform import pageable_memory
 
     common.ALLOC_MEMORY_FUNCS["cpu"] = pageable_memory

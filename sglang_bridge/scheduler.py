@@ -1,0 +1,82 @@
+"""The hooks in a scheduler process: capture, request ends, weight updates.
+
+Imported by ``plugin`` only where SGLang's scheduler is loaded already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.runtime_context import get_exec
+from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+from . import collect, sites
+from .capturer import ArenaCapturer
+from .errors import StartRefused
+from .settings import Settings
+
+
+def register() -> None:
+    """Check this SGLang and put the hooks in place.
+
+    Raises
+    ------
+    StartRefused
+        A site is missing, has another signature, or did not take its hook.
+    """
+    sites.check_sites((*sites.SCHEDULER, *sites.USED))
+    sites.check_attributes()
+    sites.hook(sites.CREATE, _create, "AROUND")
+    sites.hook(sites.FORWARD, _forward_begins, "BEFORE")
+    sites.hook(sites.COLLECT, _collect, "AROUND")
+    for site in (sites.DECODED, sites.PREFILLED):
+        sites.hook(site, _step_processed, "AFTER")
+    sites.hook(sites.STREAMED, _streamed, "BEFORE")
+    sites.hook(sites.ABORTED, _aborted, "BEFORE")
+    for site in sites.UPDATES:
+        sites.hook(site, _weights_change, "BEFORE")
+    sites.hook(sites.RENAMED, _weights_renamed, "BEFORE")
+    sites.apply(*sites.SCHEDULER)
+
+
+def _create(_original: Callable[..., Any], **arguments: Any) -> ArenaCapturer:
+    if not get_exec().features.enable_return_routed_experts:
+        raise StartRefused("this scheduler was started without enable_return_routed_experts")
+    return ArenaCapturer(Settings.from_environment(), **arguments)
+
+
+def _forward_begins(runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any) -> None:
+    capturer = get_global_experts_capturer()
+    if isinstance(capturer, ArenaCapturer) and not runner.is_draft_worker:
+        capturer.on_forward_begin(forward_batch)
+
+
+def _collect(_original: Callable[..., Any], processor: Any, req: Any) -> None:
+    collect.collect(processor, req)
+
+
+def _step_processed(_result: None, *_arguments: Any, **_options: Any) -> None:
+    collect.flush()
+
+
+def _streamed(_accumulator: Any, *, req: Any) -> None:
+    collect.count_streamed(req)
+
+
+def _aborted(_scheduler: Any, _abort_req: Any, req: Any) -> None:
+    collect.count_aborted(req)
+
+
+def _weights_change(_updater: Any, recv_req: Any) -> None:
+    _begin_update(getattr(recv_req, "weight_version", None))
+
+
+def _weights_renamed(_scheduler: Any, new_version: str) -> None:
+    _begin_update(new_version)
+
+
+def _begin_update(label: str | None) -> None:
+    capturer = get_global_experts_capturer()
+    if isinstance(capturer, ArenaCapturer):
+        capturer.weights_change(label)
