@@ -74,14 +74,12 @@ class Arena:
         self,
         segment: SegmentName,
         memory: ArenaMemory,
-        leases: ExclusiveLeases,
         writer: RecordWriter,
         life_fd: int,
     ) -> None:
         self.segment = segment
         self.memory = memory
         self.writer = writer
-        self._leases = leases
         self._life_fd = life_fd
         self._owner_pid = os.getpid()
         _every_arena.add(self)
@@ -146,7 +144,7 @@ class Arena:
         writer = RecordWriter(
             memory, leases, retention=retention, keep_versions=keep_versions, checksum=checksum
         )
-        return cls(memory.segment, memory, leases, writer, life_fd)
+        return cls(memory.segment, memory, writer, life_fd)
 
     def reserve(
         self,
@@ -179,12 +177,13 @@ class Arena:
         """End the writing; records that nobody released or that are leased stay readable."""
         if self._life_fd < 0:
             return
+        self.writer.close()
         self._abandon()
         reaper.reap_segment(self.segment)
 
     def _abandon(self) -> None:
         """Close what makes this process the writer, without touching the arena."""
-        self._leases.close()
+        self.writer.abandon()
         life_fd, self._life_fd = self._life_fd, -1
         os.close(life_fd)
 
@@ -253,7 +252,7 @@ def _fill(
         layout.initialise(fd, description)
         # Not through ``fd``: a mapping keeps a duplicate of its descriptor, and with it the
         # life lock would outlast ``close``.
-        memory = ArenaMemory.open(segment, writable=True)
+        memory = ArenaMemory.open(segment, writable=True, populate=True)
     finally:
         os.close(control_fd)
     os.rename(segments.path_of(segment.data), segments.path_of(segment.base))

@@ -65,6 +65,11 @@ def attach(segment: SegmentName) -> AttachedArena:
             "(gc, or nobody needed it), or this container has a /dev/shm of its own (docker "
             "--ipc=host, or one shared emptyDir of medium Memory)"
         ) from error
+    except PermissionError as error:
+        raise ArenaNotFound(
+            f"arena segment {segment.data} may not be opened by user {os.geteuid()}: read as user "
+            f"{segment.uid}, or give the arena a group that both belong to"
+        ) from error
     with _lock:
         return _attached.setdefault(segment.base, AttachedArena(memory))
 
@@ -92,11 +97,11 @@ def _segments() -> list[SegmentName]:
     changed = os.stat(segments.SHM_DIR).st_mtime_ns
     if changed == _listed_at:
         return _listing
+    settled = time.time_ns() - changed > _MTIME_GRAIN_NS  # before the listing, not after
     listing = [segment for segment in segments.list_segments() if not segment.temporary]
     with _lock:
         present = {segment.base for segment in listing}
         for base in [base for base in _attached if base not in present]:
             del _attached[base]
-        settled = time.time_ns() - changed > _MTIME_GRAIN_NS
         _listing, _listed_at = listing, changed if settled else -1
     return listing

@@ -286,7 +286,7 @@ def read_header(segment: memoryview, size: int, name: str) -> ArenaDescription:
         raise LayoutMismatch(f"{name}: the header claims a description of {length} bytes")
     try:
         description = _unpack_description(head[_PREFIX.size : _PREFIX.size + length])
-    except (ValueError, TypeError, KeyError, IndexError, msgpack.UnpackException) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise LayoutMismatch(f"{name}: the header cannot be read: {error}") from error
     if not 1 <= description.slots <= MAX_SLOTS or description.heap_bytes < 0:
         raise LayoutMismatch(
@@ -351,7 +351,7 @@ def _unpack_description(blob: bytes) -> ArenaDescription:
         raise ValueError("it is not a map")
     pid, start_time, boot_id, host = fields["writer"]
     return ArenaDescription(
-        arena_id=bytes(fields["id"]),
+        arena_id=b"".join([fields["id"]]),  # bytes(n) would make n zeros
         routes=RouteLayout(
             fields["experts"],
             fields["top_k"],

@@ -66,8 +66,17 @@ class ArenaMemory:
         return np.frombuffer(buffer, dtype=np.uint64, count=length, offset=offset)
 
     @classmethod
-    def open(cls, segment: SegmentName, *, writable: bool = False) -> ArenaMemory:
+    def open(
+        cls, segment: SegmentName, *, writable: bool = False, populate: bool = False
+    ) -> ArenaMemory:
         """Map an existing arena.
+
+        Parameters
+        ----------
+        populate
+            Enter every page into the page tables now (0.15 to 0.4 s a GiB): first touched in
+            use, they cost a fault each, 10 to 70 ms for a record of 12.6 MB. Never for an arena
+            with holes, which it would fill.
 
         Raises
         ------
@@ -83,18 +92,21 @@ class ArenaMemory:
             os.close(fd)
             raise
         try:
-            return cls._map(segment, fd, control_fd, writable=writable)
+            return cls._map(segment, fd, control_fd, writable=writable, populate=populate)
         finally:
             os.close(control_fd)
             os.close(fd)
 
     @classmethod
-    def _map(cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool) -> ArenaMemory:
+    def _map(
+        cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool, populate: bool
+    ) -> ArenaMemory:
         status = os.fstat(fd)
         if status.st_size < layout.PAGE:
             raise LayoutMismatch(f"{segment.data} has {status.st_size} bytes: no arena")
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        data = mmap.mmap(fd, status.st_size, access=access)
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        data = mmap.mmap(fd, status.st_size, flags=flags, prot=protection)
         description = layout.read_header(memoryview(data), status.st_size, segment.data)
         if description.arena_id != segment.arena_id:
             raise LayoutMismatch(

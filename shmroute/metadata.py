@@ -36,6 +36,13 @@ class Metadata:
     def missing_rows(self) -> int:
         return sum(end - first for first, end in self.missing)
 
+    def check(self, tokens: int) -> None:
+        """Raise ValueError unless a record of ``tokens`` rows can say this of itself."""
+        if self.missing and not 0 <= self.missing[0][0] < self.missing[-1][1] <= tokens:
+            raise ValueError(f"missing rows {self.missing} lie outside [0, {tokens})")
+        if any(not 0 <= run.first < max(tokens, 1) for run in self.versions):
+            raise ValueError(f"weight runs {self.versions} begin outside [0, {tokens})")
+
     def pack(self, tokens: int = 0) -> bytes:
         """Encode; with ``tokens`` given, ranges may turn into a bitmap when that is smaller."""
         flat: Any = [bound for span in self.missing for bound in span]
@@ -59,13 +66,13 @@ class Metadata:
         try:
             rid, missing, versions = msgpack.unpackb(blob, max_map_len=0, max_ext_len=0)
             runs = tuple(WeightRun(int(f), int(e), str(label)) for f, e, label in versions)
+            spans = _spans(missing, tokens)
         except ValueError:
             raise
         except Exception as error:  # msgpack raises a dozen types for garbage
             raise ValueError(f"unreadable record metadata: {error}") from error
         if not isinstance(rid, str):
             raise ValueError("the record's rid is no text")
-        spans = _spans(missing, tokens)
         if any(not 0 <= run.first < max(tokens, 1) for run in runs):
             raise ValueError("a weight version run lies outside the record")
         return cls(rid, spans, runs)

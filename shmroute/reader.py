@@ -162,6 +162,12 @@ class ShmRouteReader:
                         return True
                 except _OtherRid:
                     continue
+                except (RouteFailed, RouteGone):
+                    if attached.memory.hashes[slot] == wanted and generation == self._life_of(
+                        attached, slot
+                    ):
+                        raise
+                    # The slot went on to another record while we looked: look again.
                 return None
         return False
 
@@ -351,6 +357,15 @@ class ShmRouteReader:
             raise ChecksumMismatch(
                 f"rid {self.rid!r}: CRC-32 {found:#x}, sealed with {self._row.checksum:#x}"
             )
+
+    def __repr__(self) -> str:
+        layers, top_k = self.layout.row_shape
+        where = "inline" if self.inline else "closed" if self._rows is None else "mapped"
+        state = "complete" if self.complete else f"{self.missing_rows} rows missing"
+        return (
+            f"<ShmRouteReader {self.rid!r}: rows [{self.start}, {self.start + self.tokens}) x "
+            f"{layers} layers x top-{top_k}, {self.layout.dtype}, {state}, {where}>"
+        )
 
     def _leased(self) -> views.LeasedRows:
         if self._rows is None:

@@ -116,9 +116,15 @@ def _reap_locked(segment: SegmentName, fd: int, *, force: bool) -> Reaped:
         return Reaped(segment, "", size)
     try:
         memory = ArenaMemory.open(segment, writable=True)
-    except (LayoutMismatch, FileNotFoundError) as error:
-        # Half removed by a reaper that was killed, or damaged: no reader can open it either.
-        logger.warning("removing %s, which no reader can open: %s", segment.data, error)
+    except FileNotFoundError:
+        # A reaper was killed while it removed the arena: finish.
+        remove_files(segment)
+        return Reaped(segment, "", size)
+    except LayoutMismatch as error:
+        # Of another release, whose readers may still want it, or damaged. Only its names go,
+        # so that whoever has it mapped keeps what is mapped.
+        if not force:
+            return Reaped(segment, f"this release cannot read it: {error}", 0)
         remove_files(segment)
         return Reaped(segment, "", size)
     with ExitStack() as held:
@@ -153,7 +159,8 @@ def _sealed(memory: ArenaMemory) -> Words:
 def _unreleased(memory: ArenaMemory) -> str:
     """Why unreleased records keep the arena, or nothing."""
     wanted = np.flatnonzero(_sealed(memory) & (memory.words != memory.acknowledgements))
-    oldest = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - int(memory.description.retention * 1e9)
+    # In floats, since a retention may be infinite.
+    oldest = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - memory.description.retention * 1e9
     young = sum(memory.row(int(slot)).sealed_ns >= oldest for slot in wanted)
     return f"{young} records are neither released nor expired" if young else ""
 

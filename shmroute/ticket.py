@@ -96,6 +96,11 @@ class InlineRecord:
     def encode(self) -> bytes:
         """The envelope with the rows in it."""
         layout = self.routes
+        if self.rows.shape[1:] != layout.row_shape:
+            raise ValueError(
+                f"rows of shape {self.rows.shape} are not [tokens, *{layout.row_shape}]"
+            )
+        flat = np.ascontiguousarray(self.rows, dtype=layout.dtype).reshape(-1)
         return _envelope(
             _INLINE,
             [
@@ -108,7 +113,7 @@ class InlineRecord:
                 layout.num_layers,
                 layout.model,
                 self.metadata.pack(),
-                np.ascontiguousarray(self.rows, dtype=layout.dtype).data.cast("B"),
+                flat.view(np.uint8).data,
             ],
         )
 

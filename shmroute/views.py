@@ -55,7 +55,13 @@ class RouteArray(np.ndarray[Any, Any]):
     _source: tuple[LeasedRows, bytes] | None
 
     def __array_finalize__(self, parent: Any) -> None:
-        self._source = getattr(parent, "_source", None)
+        source = getattr(parent, "_source", None)
+        if source is not None:
+            rows = source[0]
+            first = self.__array_interface__["data"][0]
+            if not rows.address <= first < rows.address + rows.nbytes:
+                source = None  # a copy: it needs no lease and must not keep one
+        self._source = source
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
         plain = np.asarray(array)

@@ -143,12 +143,16 @@ class Reservation:
 
         Raises
         ------
+        ValueError
+            Missing rows or weight runs that the record does not have; it stays open.
         ShmRouteError
-            Already sealed or failed; or the metadata outgrew its room (the record then is
-            failed, and its readers are told so).
+            Already sealed or failed; or the arena was closed; or the metadata outgrew its
+            room (the record then is failed, and its readers are told so).
         """
+        metadata = Metadata(self.rid, merge_ranges(missing), _runs(versions))
+        metadata.check(self.tokens)  # before the end: a caller's mistake can still be failed
         self._end()
-        self._writer.seal(self, Metadata(self.rid, merge_ranges(missing), _runs(versions)))
+        self._writer.seal(self, metadata)
 
     def fail(self, reason: str) -> None:
         """Give the record up; whoever holds its ticket gets ``RouteFailed`` with ``reason``."""
@@ -216,13 +220,15 @@ class RecordWriter:
         self._checksum = checksum
         slots = memory.description.slots
         self._allocator = ExtentAllocator(memory.description.heap_bytes)
-        self._free_slots = list(range(slots - 1, -1, -1))
+        # First in, first out: a slot remembers its last failure until it fails again.
+        self._free_slots = deque(range(slots))
         self._next_generation = 2
         # Private to the writer: what reclaiming needs to know of sealed records.
         self._extent_of = np.zeros((slots, 2), dtype=np.int64)
         self._sealed_at = np.zeros(slots, dtype=np.float64)
         self._epoch_of = np.zeros(slots, dtype=np.int64)
         self._freed: deque[tuple[int, int, int]] = deque()
+        self._closed = False
         self._reserving = threading.Lock()
         self._sealing = threading.Lock()
         self._reclaiming = threading.Lock()
@@ -257,11 +263,11 @@ class RecordWriter:
         ValueError
             A size that no record can have.
         """
-        _check_request(rid, tokens, start)
-        plan = layout.plan_extent(
-            self.memory.description.routes, len(rid.encode("utf-8", "surrogatepass")), tokens
-        )
+        _check_request(rid, tokens, start, prompt_tokens)
+        plan = layout.plan_extent(self.memory.description.routes, len(rid.encode()), tokens)
         with self._reserving:
+            if self._closed:
+                raise ShmRouteError("the arena is closed in this process")
             self._take_back()
             slot, offset = self._allocate(plan.total_bytes, after)
             generation = self._next_generation
@@ -296,24 +302,24 @@ class RecordWriter:
             offset = self._allocator.allocate(size, near) if offset is None else offset
         if offset is None:
             raise ArenaFull(self._full(f"{size} contiguous bytes"))
-        slot = self._free_slot()
+        slot = None
+        try:
+            slot = self._free_slot()
+        finally:
+            if slot is None:
+                self._allocator.free(offset, size)
         if slot is None:
-            self._allocator.free(offset, size)
             raise ArenaFull(self._full("a free slot"))
         return slot, offset
 
     def _free_slot(self) -> int | None:
         """A free slot under its exclusive lease; one that a late reader looks at is skipped."""
-        busy: list[int] = []
-        found = None
-        while found is None and self._free_slots and len(busy) < _BUSY_SLOTS_TRIED:
-            slot = self._free_slots.pop()
+        for _ in range(min(_BUSY_SLOTS_TRIED, len(self._free_slots))):
+            slot = self._free_slots[0]
             if self._leases.try_acquire(slot):
-                found = slot
-            else:
-                busy.append(slot)
-        self._free_slots.extend(busy)
-        return found
+                return self._free_slots.popleft()
+            self._free_slots.rotate(-1)
+        return None
 
     def _take_back(self) -> None:
         while self._freed:
@@ -324,8 +330,13 @@ class RecordWriter:
     def _make_room(self, size: int) -> None:
         self.reclaim(limit=_RECLAIMED_AT_ONCE)
         self._take_back()
-        if self._allocator.largest < size or not self._free_slots:
-            self.evict_expired(until_bytes=size, limit=_RECLAIMED_AT_ONCE)
+        left = _RECLAIMED_AT_ONCE
+        # What comes free need not lie together: go on until one piece is large enough.
+        while left > 0 and (self._allocator.largest < size or not self._free_slots):
+            evicted = self.evict_expired(until_bytes=size, limit=left)
+            if not evicted:
+                break
+            left -= evicted
             self._take_back()
 
     def _publish_usage(self) -> None:
@@ -347,14 +358,33 @@ class RecordWriter:
 
     def seal(self, record: Reservation, metadata: Metadata) -> None:
         """See ``Reservation.seal``."""
+        try:
+            self._write_down(record, metadata)
+        except BaseException as error:
+            self.fail(record, str(error) or type(error).__name__)
+            raise
+        with self._sealing:
+            if self._closed:
+                # Without its lease the slot may be read or punched out: its readers get WriterDied.
+                raise ShmRouteError(f"rid {record.rid!r}: its arena was closed before the seal")
+            self._sealing_counters.add("sealed")
+            self._sealing_counters.add("rows_sealed", record.tokens)
+            self._sealing_counters.add("rows_missing", metadata.missing_rows)
+            self._sealing_counters.add("incomplete", not record.complete)
+            self.memory.words[record.slot] = record.generation
+            self._leases.release(record.slot)
+
+    def _write_down(self, record: Reservation, metadata: Metadata) -> None:
+        """Everything that the even word stands for."""
+        if self._closed:
+            return
         blob = metadata.pack(record.tokens)
         if len(blob) > record.plan.metadata_capacity:
-            reason = (
-                f"its metadata takes {len(blob)} bytes of {record.plan.metadata_capacity} "
-                f"({len(metadata.missing)} missing ranges, {len(metadata.versions)} weight runs)"
+            raise ShmRouteError(
+                f"the record of rid {record.rid!r} was failed: its metadata takes {len(blob)} bytes "
+                f"of {record.plan.metadata_capacity} ({len(metadata.missing)} missing ranges, "
+                f"{len(metadata.versions)} weight runs)"
             )
-            self.fail(record, reason)
-            raise ShmRouteError(f"the record of rid {record.rid!r} was failed: {reason}")
         at = record.offset + record.plan.metadata_offset
         self.memory.heap[at : at + len(blob)] = blob
         row = layout.SlotRow(
@@ -378,22 +408,27 @@ class RecordWriter:
             (run.epoch for run in metadata.versions), default=self.weight_epoch
         )
         record.complete = metadata.missing_rows == 0
-        with self._sealing:
-            self._sealing_counters.add("sealed")
-            self._sealing_counters.add("rows_sealed", record.tokens)
-            self._sealing_counters.add("rows_missing", metadata.missing_rows)
-            self._sealing_counters.add("incomplete", not record.complete)
-        self.memory.words[slot] = record.generation
-        self._leases.release(slot)
 
     def fail(self, record: Reservation, reason: str) -> None:
         """See ``Reservation.fail``."""
         slot = record.slot
         offset = self.memory.description.slot_offset(slot)
-        layout.write_failure(self.memory.data, offset, record.generation, reason)
         with self._sealing:
+            if self._closed:
+                return  # the record ended with the arena: its readers get WriterDied
+            layout.write_failure(self.memory.data, offset, record.generation, reason)
             self._sealing_counters.add("failed")
-        self._give_back(slot)
+            self._give_back(slot)
+
+    def close(self) -> None:
+        """End every operation, wait for those under way, and drop the leases."""
+        with self._reserving, self._reclaiming, self._sealing:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """The same in a fork of the writer, where a lock's owner may not exist."""
+        self._closed = True
+        self._leases.close()
 
     def _give_back(self, slot: int) -> None:
         """Store 0 under the exclusive lease, drop it, queue slot and extent as free."""
@@ -408,7 +443,7 @@ class RecordWriter:
         """Take back released records that nobody leases; returns how many."""
         words = self.memory.words
         released = (self.memory.acknowledgements == words) & (words != 0) & (words & 1 == 0)
-        return self._recycle_all(np.flatnonzero(released)[:limit], "released")
+        return self._recycle_all(np.flatnonzero(released), "released", limit=limit)
 
     def evict_expired(self, *, until_bytes: int = 0, limit: int | None = None) -> int:
         """Evict expired records, the oldest first, until ``until_bytes`` came free.
@@ -417,12 +452,15 @@ class RecordWriter:
         under a lease is left alone.
         """
         words = self.memory.words
-        expired = self._sealed_at < time.monotonic() - self._retention
+        slots = np.flatnonzero(self._expired(slice(None)) & (words != 0) & (words & 1 == 0))
+        slots = slots[np.argsort(self._sealed_at[slots])]
+        return self._recycle_all(slots, "evicted", until_bytes, limit)
+
+    def _expired(self, slots: int | slice) -> Any:
+        expired = self._sealed_at[slots] < time.monotonic() - self._retention
         if self._keep_versions is not None:
-            expired |= self._epoch_of <= self.weight_epoch - self._keep_versions
-        slots = np.flatnonzero(expired & (words != 0) & (words & 1 == 0))
-        slots = slots[np.argsort(self._sealed_at[slots])][:limit]
-        return self._recycle_all(slots, "evicted", until_bytes)
+            expired |= self._epoch_of[slots] <= self.weight_epoch - self._keep_versions
+        return expired
 
     def maintain(self) -> None:
         """What the sealing side does between records, so that reserving finds room."""
@@ -432,12 +470,16 @@ class RecordWriter:
         if scarce or len(self._free_slots) * _PRESSURE < self.memory.description.slots:
             self.evict_expired(until_bytes=allocator.total // _PRESSURE)
 
-    def _recycle_all(self, slots: npt.NDArray[np.intp], kind: str, enough: int = 0) -> int:
+    def _recycle_all(
+        self, slots: npt.NDArray[np.intp], kind: str, enough: int = 0, limit: int | None = None
+    ) -> int:
         if not len(slots) or not self._reclaiming.acquire(blocking=False):
             return 0
         recycled = freed = 0
         try:
             for slot in map(int, slots):
+                if self._closed or recycled == limit:
+                    break
                 if not self._recycle(slot, released=kind == "released"):
                     continue
                 recycled += 1
@@ -453,8 +495,13 @@ class RecordWriter:
         generation = int(self.memory.words[slot])
         if generation == 0 or generation & 1 or not self._leases.try_acquire(slot):
             return False
-        # Under the exclusive lease nobody reads or releases: what is true now stays true.
-        if released and int(self.memory.acknowledgements[slot]) != generation:
+        # Under the exclusive lease nobody reads or releases: what is true now stays true. The
+        # caller's scan may be of an earlier record in this slot.
+        if released:
+            wanted = int(self.memory.acknowledgements[slot]) != int(self.memory.words[slot])
+        else:
+            wanted = not self._expired(slot)
+        if wanted:
             self._leases.release(slot)
             return False
         self._give_back(slot)
@@ -465,9 +512,12 @@ class RecordWriter:
         return map(int, np.flatnonzero(self.memory.words & 1))
 
 
-def _check_request(rid: str, tokens: int, start: int) -> None:
+def _check_request(rid: str, tokens: int, start: int, prompt_tokens: int) -> None:
     if not rid or len(rid) > RID_BYTES_MAX:
         raise ValueError(f"a rid has 1 to {RID_BYTES_MAX} characters, this one {len(rid)}")
+    rid.encode()  # a lone surrogate fits no ticket
+    if not 0 <= prompt_tokens < layout.MAX_TOKENS:
+        raise ValueError(f"prompt_tokens is {prompt_tokens}, not within [0, {layout.MAX_TOKENS})")
     if not 1 <= tokens < layout.MAX_TOKENS or not 0 <= start < layout.MAX_TOKENS:
         raise ValueError(
             f"a record has 1 to {layout.MAX_TOKENS - 1} rows and starts within the same bound; "
