@@ -86,7 +86,10 @@ class ArenaCapturer(RoutedExpertsCapturer):
             config=model_config.hf_text_config,
             redundant=get_exec().moe.ep_num_redundant_experts,
         )
-        if settings.table == "host" and torch.device(device).type != "cpu":
+        on_cpu = torch.device(device).type == "cpu"
+        if settings.table == "gpu" and on_cpu:
+            raise StartRefused("--shmroute-table gpu: this engine runs on a CPU; leave it at auto")
+        if settings.table == "host" and not on_cpu:
             raise StartRefused(
                 "--shmroute-table host: this version keeps the table where the model runs; leave "
                 "it at auto"

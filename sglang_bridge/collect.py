@@ -34,6 +34,7 @@ def collect(processor: Any, req: Any) -> None:
     publisher = capturer.publisher
     if publisher is None or is_hidden_warmup(req) or _reply_is_an_error(req):
         return
+    publisher.counters.add("finished")
     try:
         request = describe(req, processor.req_to_token_pool, capturer)
         envelope = publisher.collect(request)

@@ -11,7 +11,7 @@ from sglang.srt.entrypoints.engine import Engine as SGLangEngine
 
 from . import plugin
 from .errors import StartRefused
-from .settings import Settings
+from .settings import Settings, parse_value
 
 _PREFIX = "shmroute_"
 
@@ -61,7 +61,7 @@ def with_arguments(settings: Settings, given: dict[str, Any]) -> Settings:
     values = {}
     for name, value in given.items():
         field = fields[name]
-        parsed = field.metadata["parse"](value) if isinstance(value, str) else value
+        parsed = parse_value(field, value, name) if isinstance(value, str) else value
         values[field.name] = parsed
     return dataclasses.replace(settings, **values)
 

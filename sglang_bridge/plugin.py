@@ -3,10 +3,11 @@
 SGLang calls ``register`` in every process that it starts, before it parses its flags. With
 no arena asked for, nothing is registered. Otherwise:
 
-- the launcher (no parent process of ours) learns the flags, checks that this SGLang is one
-  the bridge knows, refuses what it cannot keep its promises with, and reaps arenas when
-  its engine has gone;
-- a scheduler gets the capture hooks.
+- the launcher learns the flags, checks that this SGLang is one the bridge knows, refuses
+  what it cannot keep its promises with, and reaps arenas when its engine has gone. It may be
+  a child process itself (trainers start their engines in one), so every process has the
+  hooks that make it one; the record that it resolves carries a mark that it was checked;
+- a scheduler gets the capture hooks, and does not start from a record without that mark.
 
 Errors end the process: SGLang swallows a plugin's exceptions, and an engine without its
 hooks would go on natively.
@@ -35,10 +36,10 @@ def register() -> None:
     """Entry point of ``sglang.srt.plugins``; calling it again does nothing more."""
     try:
         asked = Settings.from_environment().arena
-        if multiprocessing.parent_process() is None:
-            if asked or settings.flags_wanted():
-                _register_launcher()
-        elif asked and "sglang.srt.managers.scheduler" in sys.modules:
+        spawned = multiprocessing.parent_process() is not None
+        if asked or (not spawned and settings.flags_wanted()):
+            _register_launcher()
+        if asked and spawned and "sglang.srt.managers.scheduler" in sys.modules:
             from . import scheduler
 
             scheduler.register()
@@ -73,15 +74,19 @@ def _from_arguments(original: Callable[..., Any], cls: type, arguments: Any) -> 
 
 
 def _resolve(original: Callable[[Any], None], arguments: Any) -> None:
-    """Around ``ServerArgs.resolve_once``: the one place that every way of starting passes."""
+    """Around ``ServerArgs.resolve_once``: the one place that every way of starting passes.
+
+    It is called several times for one record, in each process that the record reaches.
+    """
     wanted = Settings.from_environment()
-    if not wanted.arena:
+    if not wanted.arena or sites.checked_for(arguments) == wanted.arena:
         return original(arguments)
     fresh = not getattr(arguments, "_resolution_finished", False)
     if fresh:
         arguments.enable_return_routed_experts = True
     original(arguments)
     prepare_launch(wanted, arguments)
+    sites.mark_checked(arguments, wanted.arena)
     return None
 
 
@@ -97,15 +102,20 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
     """
     from .refused import refuse_features
 
-    if not arguments.enable_return_routed_experts:
-        raise StartRefused("the ServerArgs were resolved without enable_return_routed_experts")
-    refuse_features(arguments)
     sites.check_sites((*sites.LAUNCHER, *sites.SCHEDULER, *sites.USED))
     sites.check_attributes()
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    # The record itself keeps what the user gave; this shows what SGLang made of it.
+    resolved = resolving_view(arguments)
+    if not resolved.enable_return_routed_experts:
+        raise StartRefused("the ServerArgs were resolved without enable_return_routed_experts")
+    refuse_features(resolved)
     reaper.reap(wanted.arena)
     # The arenas themselves are made once the model's layers are known; that they would fit
     # is checked before minutes of loading.
-    segments.check_memory(wanted.capacity * max(1, arguments.dp_size), wanted.arena)
+    arenas = max(1, resolved.dp_size) * max(1, resolved.attn_dp_size)
+    segments.check_memory(wanted.capacity * arenas, wanted.arena)
     _hook_launcher(wanted.arena)
 
 

@@ -36,7 +36,7 @@ import torch
 from shmroute import Arena, ArenaFull, WeightRun
 from shmroute.counters import SEALING, Counters
 from shmroute.metadata import ranges_of, weight_runs
-from shmroute.ticket import failed_ticket
+from shmroute.ticket import RID_BYTES_MAX, failed_ticket
 from shmroute.writer import Reservation
 
 from .epochs import WeightEpochs
@@ -78,6 +78,7 @@ class _Job:
     record: Reservation
     epoch: int
     tags: npt.NDArray[np.int64] | None = None
+    error: Exception | None = None
 
 
 class Publisher:
@@ -136,8 +137,7 @@ class Publisher:
     # -- scheduler thread --------------------------------------------------------------------
 
     def collect(self, request: Finished) -> bytes:
-        """Take a finished request; returns the envelope for its response."""
-        self.counters.add("finished")
+        """Take a request that was counted as finished; returns its response's envelope."""
         if request.tokens == 0:
             self.counters.add("inline")
             self.counters.add("inline_empty")
@@ -167,7 +167,9 @@ class Publisher:
     def refuse(self, rid: str, reason: str) -> bytes:
         """An envelope that tells the reader why this request has no routes."""
         self.counters.add("failed_before_ticket")
-        return failed_ticket(rid, reason)
+        # What made the request fail may be its rid: one that no ticket can hold.
+        printable = rid[:RID_BYTES_MAX].encode("utf-8", "replace").decode()
+        return failed_ticket(printable, reason)
 
     def flush(self) -> None:
         """Queue what was collected in this step."""
@@ -231,20 +233,21 @@ class Publisher:
         while (work := self._to_gather.get()) is not None:
             jobs, gathered = work
             try:
-                self._to_seal.put([job for job in jobs if self._gather(job)])
+                for job in jobs:
+                    self._gather(job)
             finally:
                 gathered.set()
+            self._to_seal.put(jobs)
         self._to_seal.put(None)
 
-    def _gather(self, job: _Job) -> bool:
+    def _gather(self, job: _Job) -> None:
         table = self._get_table()
         try:
             tags = table.gather(job.request.locations, table.as_storage(job.record.rows))
             job.tags = tags.cpu().numpy()
         except Exception as error:
-            self._give_up(job, error)
-            return False
-        return True
+            # Told to the sealer: one thread fails records and counts them.
+            job.error = error
 
     # -- sealer thread -----------------------------------------------------------------------
 
@@ -262,6 +265,8 @@ class Publisher:
                 logger.exception("shmroute: reclaiming failed")
 
     def _seal(self, job: _Job) -> None:
+        if job.error is not None:
+            raise job.error
         assert job.tags is not None
         missing, versions = self._judge(job.request, job.tags, job.epoch)
         if self._shadow is not None:
@@ -307,7 +312,11 @@ class Publisher:
         self._broken = self._broken or _is_device_error(error)
         self._late.add("failed_after_ticket")
         if job.record.open:
-            job.record.fail(f"{type(error).__name__}: {error}")
+            try:
+                job.record.fail(f"{type(error).__name__}: {error}")
+            except Exception:
+                # The thread must live on: without it no later record would ever be sealed.
+                logger.exception("shmroute: rid %s could not even be failed", job.request.rid)
 
 
 def _is_device_error(error: Exception) -> bool:

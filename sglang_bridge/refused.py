@@ -44,7 +44,7 @@ REFUSALS = (
             a.moe_runner_backend == "flashinfer_cutlass"
             and a.quantization == "modelopt_fp4"
             and not a.disable_flashinfer_cutlass_moe_fp4_allgather
-            and a.enable_dp_attention
+            and (a.enable_dp_attention or a.attn_dp_size > 1)
         ),
         "routes are gathered inside it (--disable-flashinfer-cutlass-moe-fp4-allgather)",
     ),
@@ -94,7 +94,7 @@ REFUSALS = (
 
 
 def refuse_features(arguments: Any) -> None:
-    """Check resolved ``ServerArgs``.
+    """Check ``ServerArgs`` as resolved: a view of what SGLang made of the user's input.
 
     Raises
     ------

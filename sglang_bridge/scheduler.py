@@ -5,10 +5,12 @@ Imported by ``plugin`` only where SGLang's scheduler is loaded already.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.runtime_context import get_exec
+from sglang.srt.runtime_context import get_exec, get_server_args
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from . import collect, sites
@@ -17,6 +19,7 @@ from .errors import StartRefused
 from .settings import Settings
 
 
+@functools.cache
 def register() -> None:
     """Check this SGLang and put the hooks in place.
 
@@ -25,6 +28,8 @@ def register() -> None:
     StartRefused
         A site is missing, has another signature, or did not take its hook.
     """
+    # An offline engine's default log level is "error": what goes inline must be said even there.
+    logging.getLogger("shmroute").setLevel(logging.WARNING)
     sites.check_sites((*sites.SCHEDULER, *sites.USED))
     sites.check_attributes()
     sites.hook(sites.CREATE, _create, "AROUND")
@@ -43,7 +48,13 @@ def register() -> None:
 def _create(_original: Callable[..., Any], **arguments: Any) -> ArenaCapturer:
     if not get_exec().features.enable_return_routed_experts:
         raise StartRefused("this scheduler was started without enable_return_routed_experts")
-    return ArenaCapturer(Settings.from_environment(), **arguments)
+    wanted = Settings.from_environment()
+    if sites.checked_for(get_server_args()) != wanted.arena:
+        raise StartRefused(
+            f"nobody checked whether routes are right in this configuration, for arena "
+            f"{wanted.arena}: the process that started this scheduler did not load the plugin"
+        )
+    return ArenaCapturer(wanted, **arguments)
 
 
 def _forward_begins(runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any) -> None:

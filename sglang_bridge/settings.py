@@ -81,7 +81,7 @@ class Settings:
             variable = _PREFIX + field.name.upper()
             text = environment.get(variable, "")
             if text:
-                values[field.name] = _parse(field, text, variable)
+                values[field.name] = parse_value(field, text, variable)
         return cls(**values)
 
     def to_environment(self, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -95,7 +95,8 @@ class Settings:
                 environment[variable] = str(int(value) if isinstance(value, bool) else value)
 
 
-def _parse(field: dataclasses.Field[Any], text: str, name: str) -> Any:
+def parse_value(field: dataclasses.Field[Any], text: str, name: str) -> Any:
+    """Parse one setting's text; the ValueError names the flag, variable or argument."""
     try:
         return field.metadata["parse"](text)
     except ValueError as error:
@@ -126,7 +127,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
         value = getattr(arguments, "shmroute_" + field.name, None)
         if value is not None:
             text = value if isinstance(value, str) else str(value)
-            given[field.name] = _parse(field, text, _argument(field))
+            given[field.name] = parse_value(field, text, _argument(field))
     if given and not (given.get("arena") or settings.arena):
         raise ValueError(f"{_argument_of(next(iter(given)))} needs --shmroute-arena NAME")
     return dataclasses.replace(settings, **given)

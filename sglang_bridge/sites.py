@@ -28,6 +28,7 @@ class Site(NamedTuple):
 
     target: str
     parameters: tuple[str, ...]
+    own: bool = False  # a base class has one of that name, too, which does something else
 
 
 ADD_ARGUMENTS = Site("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",))
@@ -82,7 +83,10 @@ USED = (
     Site(
         _CAPTURER + "_get_local_slice",
         ("self", "forward_batch", "can_run_graph", "cuda_graph_batch"),
+        own=True,
     ),
+    Site("sglang.srt.arg_groups.overrides.resolving_view", ("server_args",)),
+    Site("sglang.srt.runtime_context.get_server_args", ()),
 )
 SCHEDULER = (
     CREATE, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, RENAMED, *UPDATES,
@@ -124,7 +128,14 @@ def check_sites(sites: Iterable[Site]) -> None:
         Naming SGLang's version and the site.
     """
     for site in sites:
-        missing = [p for p in site.parameters if p not in _parameters(site)]
+        path, _, name = site.target.rpartition(".")
+        if site.own and name not in vars(_resolve(path)):
+            raise StartRefused(
+                f"SGLang {version()} has no {site.target}, only a base class's; shmroute does not "
+                "know this version. Use a version that the README lists"
+            )
+        taken = _parameters(site)
+        missing = [p for p in site.parameters if p not in taken]
         if missing:
             raise StartRefused(
                 f"SGLang {version()}: {site.target} does not take {', '.join(missing)}; shmroute "
@@ -160,6 +171,16 @@ def apply(*hooked: Site) -> None:
     for site in hooked:
         if not hasattr(_resolve(site.target), "__wrapped__"):
             raise StartRefused(f"SGLang {version()} did not apply the hook on {site.target}")
+
+
+def mark_checked(arguments: Any, arena: str) -> None:
+    """Note in a ``ServerArgs`` that a launcher has checked it; the note survives pickling."""
+    arguments._shmroute_arena = arena
+
+
+def checked_for(arguments: Any) -> str | None:
+    """The arena for which a launcher has checked this ``ServerArgs``."""
+    return getattr(arguments, "_shmroute_arena", None)
 
 
 def _parameters(site: Site) -> set[str]:

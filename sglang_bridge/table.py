@@ -81,7 +81,7 @@ class RouteTable:
         chosen = captured if self._every_layer else captured.index_select(1, self._layers)
         tags = make_tags(tokens, positions, epoch, self._vocabulary)
         tags = torch.where(valid_rows(chosen, self.routes.num_experts), tags, INVALID)
-        compact = chosen.to(self.rows.dtype).reshape(len(chosen), -1)
+        compact = chosen.to(self.rows.dtype).flatten(1)
         where = locations.to(torch.int64)
         self._fence()
         self.rows.index_copy_(0, where, compact)
