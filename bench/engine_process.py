@@ -39,6 +39,8 @@ CPU_ENV: Mapping[str, str] = {
     "SGLANG_PLATFORM": "shmroute_cpu",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    # For models this small a second thread only waits: 10 times faster where cores are shared.
+    "OMP_NUM_THREADS": "1",
 }
 CPU_ARGS: tuple[str, ...] = (
     "--device=cpu",
@@ -228,6 +230,22 @@ class ServerProcess:
                 self._child.wait()
             psutil.wait_procs(list(self._processes), timeout=10)
             self._processes = {p for p in self._processes if self._alive(p)}
+
+    def terminate(self, timeout: float = 90.0) -> None:
+        """End the server in good order: SIGTERM, and wait until it has gone.
+
+        Raises
+        ------
+        TimeoutError
+            It is still there after ``timeout`` seconds.
+        """
+        self.observe()
+        assert self._child is not None, "the server was not started"
+        self._child.terminate()
+        try:
+            self._child.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"the server outlived its SIGTERM by {timeout:.0f} s") from error
 
     def _alive(self, process: psutil.Process) -> bool:
         try:
