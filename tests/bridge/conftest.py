@@ -1,0 +1,81 @@
+"""What the bridge's tests share: an arena with a name of its own, and SGLang imported once."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from children import Child
+
+import shmroute
+from shmroute.segments import SHM_DIR
+
+
+@pytest.fixture
+def arena_name() -> Iterator[str]:
+    """A name nobody else uses; the test must leave none of its files behind."""
+    name = f"bridge-{os.getpid()}-{secrets.token_hex(4)}"
+    yield name
+    shmroute.reap(name, force=True)
+    left = [entry for entry in os.listdir(SHM_DIR) if f"-{name}-" in entry]
+    assert not left, f"left in {SHM_DIR}: {left}"
+
+
+@pytest.fixture(scope="session")
+def sglang() -> Iterator[SimpleNamespace]:
+    """SGLang on the plain-CPU platform: what the tests use of it, by name.
+
+    The platform is chosen at the first look, so the variable is set only around it. SGLang
+    warns about kernels that a CPU lacks while it is imported.
+    """
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("SGLANG_PLATFORM", "shmroute_cpu")
+        from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+        from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+        from sglang.srt.platforms import current_platform
+        from sglang.srt.sampling.sampling_params import SamplingParams
+        from sglang.srt.server_args import ServerArgs
+        from sglang.srt.state_capturer.routed_experts import set_global_experts_capturer
+
+        # Whoever imports it first must be inside this block.
+        import sglang_bridge.engine
+
+        assert sglang_bridge.Engine is sglang_bridge.engine.Engine
+        assert type(current_platform).__name__ == "PlainCpuPlatform"
+        yield SimpleNamespace(
+            ChatCompletionRequest=ChatCompletionRequest,
+            CompletionRequest=CompletionRequest,
+            FINISH_ABORT=FINISH_ABORT,
+            FINISH_LENGTH=FINISH_LENGTH,
+            Req=Req,
+            ReqToTokenPool=ReqToTokenPool,
+            SamplingParams=SamplingParams,
+            ServerArgs=ServerArgs,
+            declare_resolution=declare_resolution,
+            resolving_view=resolving_view,
+            set_global_experts_capturer=set_global_experts_capturer,
+        )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def children() -> Iterator[dict[str, Child]]:
+    """The child processes that look at SGLang from outside, by name; they run from the start."""
+    here = Path(__file__).parent
+    started = {
+        "wrong_sglang": Child([str(here / "wrong_sglang.py")], {"SGLANG_PLATFORM": "shmroute_cpu"}),
+        "without_arena": Child([str(here / "without_arena.py")]),
+        "help": Child(
+            ["-m", "sglang.launch_server", "--help"], {"SGLANG_PLATFORM": "shmroute_cpu"}
+        ),
+    }
+    yield started
+    for child in started.values():
+        child.end()

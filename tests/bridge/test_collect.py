@@ -1,0 +1,211 @@
+"""The hooks on finished requests, with SGLang's own request and pool types."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from forwards import VOCABULARY, Forwards
+
+import shmroute
+from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.publisher import Publisher
+from sglang_bridge.table import RouteTable
+from shmroute import RouteFailed, RouteLayout, ShmRouteReader
+from shmroute.counters import read_counters
+
+ROUTES = RouteLayout(16, 2, range(3))
+
+
+class Scheduler:
+    """What of a scheduler the hooks see: the pools, the capturer's owner side, requests."""
+
+    def __init__(self, sglang: SimpleNamespace, arena: shmroute.Arena) -> None:
+        self._sglang = sglang
+        self.arena = arena
+        self.publisher = Publisher(
+            arena, WeightEpochs(), vocabulary=VOCABULARY, inline_when_full=True, shadow=None
+        )
+        table = RouteTable(ROUTES, 1024, "cpu", vocabulary=VOCABULARY, fence=self.publisher.fence)
+        self.publisher.start(table)
+        self.forwards = Forwards(table)
+        self.req_to_token_pool = sglang.ReqToTokenPool(4, 256, "cpu", False)
+
+    def request(self, rid: str, prompt: int, output: int, **fields: Any) -> tuple[Any, np.ndarray]:
+        """A request that ran its forwards and holds row 1 of the pool, and its rows."""
+        parameters = self._sglang.SamplingParams(max_new_tokens=fields.pop("max_new_tokens", 64))
+        parameters.n = fields.pop("n", 1)
+        ids = self.forwards.token_ids(prompt + output)
+        req = self._sglang.Req(
+            rid,
+            "",
+            array("q", ids[:prompt].tolist()),
+            parameters,
+            return_routed_experts=fields.pop("return_routed_experts", True),
+            **fields,
+        )
+        req.output_ids.extend(ids[prompt:].tolist())
+        req.finished_reason = self._sglang.FINISH_LENGTH(length=output)
+        locations = self.forwards.locations(prompt + output)
+        captured = self.forwards.run(ids, locations)
+        req.kv.req_pool_idx = 1
+        self.req_to_token_pool.req_to_token[1, : len(locations)] = _int32(locations)
+        return req, self.forwards.rows(captured)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return read_counters(self.arena.memory.counters)
+
+
+def _int32(values: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(values.astype(np.int32))
+
+
+@pytest.fixture
+def scheduler(sglang: SimpleNamespace, arena_name: str) -> Iterator[Scheduler]:
+    from sglang_bridge.capturer import ArenaCapturer
+
+    class WithoutModel(ArenaCapturer):
+        def __init__(self, publisher: Publisher) -> None:
+            self.publisher, self.shadow, self.host_cache = publisher, False, None
+
+    arena = shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=8)
+    made = Scheduler(sglang, arena)
+    capturer = WithoutModel(made.publisher)
+    sglang.set_global_experts_capturer(capturer)
+    yield made
+    sglang.set_global_experts_capturer(None)
+    capturer.destroy()
+
+
+def collected(scheduler: Scheduler, req: Any) -> bytes | None:
+    from sglang_bridge import collect
+
+    collect.collect(scheduler, req)
+    collect.flush()
+    return None if req.routed_experts is None else req.routed_experts.numpy().tobytes()
+
+
+def test_all_tokens_but_the_last_sampled_one_have_a_row(scheduler: Scheduler) -> None:
+    req, rows = scheduler.request("plain", prompt=20, output=5)
+    with ShmRouteReader(collected(scheduler, req)) as routes:
+        assert (routes.rid, routes.start, routes.prompt_tokens) == ("plain", 0, 20)
+        np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+
+
+def test_rows_begin_where_the_request_wants_them(scheduler: Scheduler) -> None:
+    req, rows = scheduler.request("late", prompt=20, output=5, routed_experts_start_len=18)
+    with ShmRouteReader(collected(scheduler, req)) as routes:
+        assert (routes.start, routes.tokens) == (18, 6)
+        np.testing.assert_array_equal(routes.numpy(), rows[18:-1])
+
+
+def test_a_start_behind_the_end_is_an_empty_record(scheduler: Scheduler) -> None:
+    req, _ = scheduler.request("behind", prompt=20, output=0, routed_experts_start_len=20)
+    with ShmRouteReader(collected(scheduler, req)) as routes:
+        assert (routes.start, routes.tokens) == (19, 0)
+
+
+def test_what_was_sampled_past_the_stop_has_no_row(scheduler: Scheduler) -> None:
+    req, rows = scheduler.request("stopped", prompt=10, output=8)
+    req.finished_len = 5
+    with ShmRouteReader(collected(scheduler, req)) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows[:14])
+
+
+def test_locations_are_read_before_the_pool_row_is_rewritten(scheduler: Scheduler) -> None:
+    """SGLang releases the KV cache in the statement after the hook."""
+    from sglang_bridge import collect
+
+    first, rows = scheduler.request("first", prompt=20, output=5)
+    collect.collect(scheduler, first)
+    scheduler.request("second", prompt=20, output=5)  # takes the same row of the pool
+    collect.flush()
+    with ShmRouteReader("first", arena=scheduler.arena.name) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+
+
+def test_a_request_that_did_not_ask_costs_nothing(scheduler: Scheduler) -> None:
+    from sglang_bridge import collect
+
+    before = scheduler.counters
+    req, _ = scheduler.request("quiet", prompt=5, output=2, return_routed_experts=False)
+    assert collected(scheduler, req) is None
+    collect.count_streamed(req)
+    collect.count_aborted(req)
+    assert scheduler.counters == before
+
+
+def test_the_hidden_warm_up_of_several_choices_makes_no_record(scheduler: Scheduler) -> None:
+    from sglang_bridge import collect
+
+    req, _ = scheduler.request("hidden", prompt=5, output=1, max_new_tokens=0, n=4)
+    assert collected(scheduler, req) is None
+    collect.count_streamed(req)
+    assert scheduler.counters["finished"] == 0
+
+
+def test_a_reply_that_is_an_http_error_makes_no_record_and_is_counted(
+    scheduler: Scheduler, sglang: SimpleNamespace
+) -> None:
+    from sglang_bridge import collect
+
+    req, _ = scheduler.request("error", prompt=5, output=1)
+    req.finished_reason = sglang.FINISH_ABORT("too long", status_code=400)
+    assert collected(scheduler, req) is None
+    collect.count_streamed(req)
+    collect.count_aborted(req)  # the same request: counted once
+    assert (scheduler.counters["finished"], scheduler.counters["no_routes"]) == (1, 1)
+
+
+def test_an_abort_in_mid_generation_keeps_its_rows(
+    scheduler: Scheduler, sglang: SimpleNamespace
+) -> None:
+    from sglang_bridge import collect
+
+    req, rows = scheduler.request("aborted", prompt=10, output=3)
+    req.finished_reason = sglang.FINISH_ABORT("by the client")
+    with ShmRouteReader(collected(scheduler, req)) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows[:12])
+    collect.count_streamed(req)
+    assert scheduler.counters["no_routes"] == 0
+
+
+@pytest.mark.parametrize("rid", ["\ud800", "x" * 5000], ids=["surrogate", "too long"])
+def test_a_rid_that_no_ticket_can_hold_fails_this_request_and_not_the_scheduler(
+    scheduler: Scheduler, rid: str
+) -> None:
+    req, _ = scheduler.request(rid, prompt=5, output=2)
+    with pytest.raises(RouteFailed):
+        ShmRouteReader(collected(scheduler, req))
+    assert scheduler.counters["hook_errors"] == 1
+    assert scheduler.counters["failed_before_ticket"] == 1
+
+
+def test_every_finished_request_is_counted_once_also_when_the_hook_fails(
+    scheduler: Scheduler, sglang: SimpleNamespace
+) -> None:
+    from sglang_bridge import collect
+
+    for i in range(12):
+        rid = "\ud800" if i == 3 else f"rid-{i}"
+        req, _ = scheduler.request(rid, prompt=5, output=2)
+        if i == 5:
+            req.kv = None  # the hook fails before it has described the request
+        if i == 6:
+            req.finished_reason = sglang.FINISH_ABORT("rejected", status_code=503)
+        collected(scheduler, req)
+        collect.count_streamed(req)
+    scheduler.publisher.stop()
+    counts = scheduler.counters
+    assert counts["finished"] == 12
+    assert counts["finished"] == (
+        counts["ticketed"] + counts["inline"] + counts["failed_requests"] + counts["no_routes"]
+    )
+    assert (counts["failed_requests"], counts["no_routes"], counts["hook_errors"]) == (2, 1, 2)

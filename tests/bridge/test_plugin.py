@@ -1,0 +1,159 @@
+"""The plugin in SGLang's loader: nothing unless an arena is asked for, never left out unnoticed."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import shmroute_cpu_platform
+from children import Child
+
+from sglang_bridge.errors import StartRefused
+
+
+@pytest.fixture(scope="module")
+def seen(children: dict[str, Child]) -> list[dict[str, Any]]:
+    done = children["without_arena"].done()
+    assert done.status == 0, done.errors
+    return json.loads(done.output.splitlines()[-1])
+
+
+def test_without_an_arena_no_hook_is_registered_in_launcher_and_children(
+    seen: list[dict[str, Any]],
+) -> None:
+    assert len(seen) == 2
+    for process in seen:
+        assert process["loaded"], "SGLang did not even load the plugin"
+        assert process["hooks"] == []
+
+
+def test_the_cpu_platform_does_not_activate_itself(seen: list[dict[str, Any]]) -> None:
+    for process in seen:
+        assert process["platform"] != "PlainCpuPlatform"
+        assert not process["cpu_platform"]
+
+
+@pytest.mark.parametrize("selected", [None, "", "cuda", "SHMROUTE_CPU"])
+def test_the_cpu_platform_offers_itself_only_by_its_name(
+    selected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if selected is None:
+        monkeypatch.delenv("SGLANG_PLATFORM", raising=False)
+    else:
+        monkeypatch.setenv("SGLANG_PLATFORM", selected)
+    assert shmroute_cpu_platform.activate() is None
+    monkeypatch.setenv("SGLANG_PLATFORM", "shmroute_cpu")
+    assert shmroute_cpu_platform.activate() is not None
+
+
+def test_help_shows_the_flags(children: dict[str, Child]) -> None:
+    done = children["help"].done()
+    assert done.status == 0, done.errors
+    for flag in (
+        "arena", "capacity", "slots", "table", "on-full", "retention", "keep-versions",
+        "checksum", "shadow",
+    ):  # fmt: skip
+        assert f"\n  --shmroute-{flag} " in done.output
+
+
+# -- sglang_bridge.Engine ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, sglang: SimpleNamespace) -> pytest.MonkeyPatch:
+    monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
+    monkeypatch.delenv("SHMROUTE_ARENA", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("allowed", ["other", "other, third", "shmroute_cpu", "SHMROUTE"])
+def test_a_whitelist_that_leaves_the_plugin_out_is_noticed_before_anything_starts(
+    allowed: str, environment: pytest.MonkeyPatch
+) -> None:
+    import sglang_bridge
+
+    environment.setenv("SGLANG_PLUGINS", allowed)
+    with pytest.raises(StartRefused, match=f"SGLANG_PLUGINS={allowed} leaves the plugin out"):
+        sglang_bridge.Engine(model_path="nowhere", shmroute_arena="rollouts")
+    assert "SHMROUTE_ARENA" not in os.environ
+
+
+@pytest.mark.parametrize("allowed", ["", " ", "shmroute", "other,shmroute", " shmroute , x"])
+def test_a_whitelist_with_the_plugin_in_it_is_fine(
+    allowed: str, environment: pytest.MonkeyPatch
+) -> None:
+    from sglang_bridge.engine import check_plugin_allowed
+
+    environment.setenv("SGLANG_PLUGINS", allowed)
+    check_plugin_allowed()
+
+
+def test_an_engine_without_an_arena_says_which_class_to_use(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    import sglang_bridge
+
+    with pytest.raises(ValueError, match=r"shmroute_arena=NAME .* use sglang\.Engine"):
+        sglang_bridge.Engine(model_path="nowhere")
+
+
+# -- OpenAI's one place for routes -----------------------------------------------------------------
+
+
+def refused(request: Any) -> str | None:
+    from sglang_bridge.plugin import _refuse_several_choices
+
+    return _refuse_several_choices(None, None, request)
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("several", "fields"),
+    [
+        (False, {}),
+        (False, {"n": 1}),
+        (True, {"n": 2}),
+        (True, {"n": 2, "stream": True}),
+        # Here every choice carries its own meta_info.
+        (False, {"n": 2, "return_meta_info": True}),
+    ],
+)
+def test_chat_with_several_choices_is_refused(
+    several: bool, fields: dict[str, Any], sglang: SimpleNamespace
+) -> None:
+    request = sglang.ChatCompletionRequest(**CHAT, **fields, return_routed_experts=True)
+    message = refused(request)
+    assert (message is not None) == several
+    assert message is None or "native /generate" in message
+    assert refused(sglang.ChatCompletionRequest(**CHAT, **fields)) is None
+
+
+@pytest.mark.parametrize(
+    ("several", "fields"),
+    [
+        (False, {"prompt": "one"}),
+        (False, {"prompt": [1, 2, 3]}),
+        (False, {"prompt": ["one"]}),
+        (False, {"prompt": [[1, 2, 3]]}),
+        (True, {"prompt": "one", "n": 3}),
+        (True, {"prompt": ["one", "two"]}),
+        (True, {"prompt": [[1, 2], [3]]}),
+    ],
+)
+def test_completions_of_several_texts_are_refused(
+    several: bool, fields: dict[str, Any], sglang: SimpleNamespace
+) -> None:
+    request = sglang.CompletionRequest(model="m", **fields, return_routed_experts=True)
+    assert (refused(request) is not None) == several
+
+
+def test_what_sglang_refuses_itself_keeps_its_own_message(sglang: SimpleNamespace) -> None:
+    from sglang_bridge.plugin import _refuse_several_choices
+
+    request = sglang.ChatCompletionRequest(**CHAT, n=2, return_routed_experts=True)
+    assert _refuse_several_choices("sglang's own", None, request) == "sglang's own"

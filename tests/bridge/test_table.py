@@ -1,0 +1,128 @@
+"""The route table keeps each KV location's latest routes, or that it has none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from forwards import VOCABULARY, Forwards
+
+from sglang_bridge.table import RouteTable
+from sglang_bridge.tags import INVALID, expected_places, wrong_rows
+from shmroute import RouteLayout
+
+LOCATIONS = 500
+
+
+def make_table(routes: RouteLayout) -> RouteTable:
+    return RouteTable(routes, LOCATIONS, "cpu", vocabulary=VOCABULARY, fence=lambda: None)
+
+
+@pytest.fixture(params=[8, 256, 257, 512])
+def forwards(request: pytest.FixtureRequest) -> Forwards:
+    """Forwards of a model with one dense layer and that many experts."""
+    return Forwards(make_table(RouteLayout(request.param, 4, range(1, 6), num_layers=6)))
+
+
+def read(table: RouteTable, locations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    rows = np.zeros((len(locations), *table.routes.row_shape), dtype=table.routes.dtype)
+    tags = table.gather(torch.from_numpy(locations), table.as_storage(rows))
+    return rows, tags.numpy()
+
+
+def test_gathered_rows_are_the_scattered_ones_bit_for_bit(forwards: Forwards) -> None:
+    ids, locations = forwards.token_ids(200), forwards.locations(200)
+    captured = forwards.run(ids, locations, start=10)
+    rows, tags = read(forwards.table, locations)
+    assert rows.max() == forwards.table.routes.num_experts - 1  # 255 in uint8, 511 in uint16
+    np.testing.assert_array_equal(rows, captured[:, 1:])
+    assert not wrong_rows(tags, expected_places(ids, 10, VOCABULARY)).any()
+
+
+def test_dense_layers_take_no_room(forwards: Forwards) -> None:
+    routes = forwards.table.routes
+    assert forwards.table.nbytes == LOCATIONS * (5 * 4 * routes.dtype.itemsize + 8)
+
+
+def test_the_latest_forward_at_a_location_wins(forwards: Forwards) -> None:
+    locations = forwards.locations(50)
+    forwards.run(forwards.token_ids(50), locations)
+    ids = forwards.token_ids(50)
+    captured = forwards.run(ids, locations, start=3)
+    rows, tags = read(forwards.table, locations)
+    np.testing.assert_array_equal(rows, captured[:, 1:])
+    assert not wrong_rows(tags, expected_places(ids, 3, VOCABULARY)).any()
+
+
+def test_int32_locations_and_tokens_are_taken_as_sglang_has_them(forwards: Forwards) -> None:
+    captured = forwards.routes(3)
+    forwards.table.scatter(
+        torch.from_numpy(captured),
+        torch.tensor([5, 7, 9], dtype=torch.int32),
+        torch.tensor([1, 2, 3], dtype=torch.int32),
+        torch.tensor([0, 1, 2], dtype=torch.int64),
+        0,
+    )
+    rows, _ = read(forwards.table, np.array([5, 7, 9], dtype=np.int32))
+    np.testing.assert_array_equal(rows, captured[:, 1:])
+
+
+@pytest.mark.parametrize("fault", ["never captured", "too large", "negative", "twice"])
+def test_a_row_that_no_router_can_have_chosen_is_missing_and_its_neighbours_are_not(
+    forwards: Forwards, fault: str
+) -> None:
+    ids, locations = forwards.token_ids(30), forwards.locations(30)
+    captured = forwards.routes(30)
+    if fault == "never captured":
+        captured[11, 4] = -1
+    elif fault == "too large":
+        captured[11, 4, 2] = forwards.table.routes.num_experts
+    elif fault == "negative":
+        captured[11, 4, 2] = -1
+    else:
+        captured[11, 4, 2] = captured[11, 4, 0]
+    forwards.run(ids, locations, routes=captured)
+    wrong = wrong_rows(read(forwards.table, locations)[1], expected_places(ids, 0, VOCABULARY))
+    assert np.flatnonzero(wrong).tolist() == [11]
+
+
+def test_what_a_dense_layer_leaves_in_the_buffer_does_not_matter(forwards: Forwards) -> None:
+    ids, locations = forwards.token_ids(30), forwards.locations(30)
+    captured = forwards.routes(30)
+    captured[:, 0] = -1
+    forwards.run(ids, locations, routes=captured)
+    assert (read(forwards.table, locations)[1] >= 0).all()
+
+
+def test_the_same_id_in_two_layers_is_nothing_odd() -> None:
+    forwards = Forwards(make_table(RouteLayout(8, 1, range(3))))
+    captured = np.full((4, 3, 1), 7, dtype=np.int32)
+    locations = forwards.locations(4)
+    forwards.run(forwards.token_ids(4), locations, routes=captured)
+    assert (read(forwards.table, locations)[1] >= 0).all()
+
+
+def test_forget_makes_every_row_missing_until_it_is_computed_again(forwards: Forwards) -> None:
+    ids, locations = forwards.token_ids(40), forwards.locations(40)
+    forwards.run(ids, locations)
+    forwards.table.forget()
+    assert (read(forwards.table, locations)[1] == INVALID).all()
+    forwards.run(ids[:10], locations[:10])
+    tags = read(forwards.table, locations)[1]
+    assert (tags[:10] >= 0).all()
+    assert (tags[10:] == INVALID).all()
+
+
+def test_a_location_beyond_the_table_is_an_error_and_not_another_row(forwards: Forwards) -> None:
+    with pytest.raises(IndexError):
+        read(forwards.table, np.array([LOCATIONS]))
+
+
+def test_a_forward_of_no_tokens_changes_nothing(forwards: Forwards) -> None:
+    """A data-parallel rank without work runs such forwards all the time."""
+    ids, locations = forwards.token_ids(20), forwards.locations(20)
+    captured = forwards.run(ids, locations)
+    forwards.run(forwards.token_ids(0), forwards.locations(0))
+    rows, tags = read(forwards.table, locations)
+    np.testing.assert_array_equal(rows, captured[:, 1:])
+    assert (tags >= 0).all()

@@ -1,0 +1,247 @@
+"""Fixtures of the store's tests: arenas, actors (real processes), and a clean /dev/shm."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import json
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actors import LAYOUT
+
+from shmroute import Arena, reaper, segments
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+SHM = Path(segments.SHM_DIR)
+# In the name of every arena that this run makes, and of nobody else's.
+RUN = f"t{os.getpid()}"
+
+
+def of_this_run() -> set[str]:
+    return {entry for entry in os.listdir(SHM) if RUN in entry}
+
+
+def reap_this_run() -> None:
+    for segment in list(segments.list_segments()):
+        if RUN in segment.arena:
+            reaper.reap_segment(segment, force=True)
+
+
+@pytest.fixture(autouse=True)
+def shm_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test left, reaping its arenas by force leaves /dev/shm as the test found it."""
+    before = of_this_run()
+    yield
+    request.node.funcargs.clear()  # views among them would keep their leases
+    reap_this_run()
+    if of_this_run() - before:
+        gc.collect()  # some views are in cycles; a collection after every test would be slow
+        reap_this_run()
+    left = of_this_run() - before
+    for entry in left:
+        (SHM / entry).unlink()
+    assert not left
+
+
+@pytest.fixture
+def name() -> str:
+    """An arena name of this test's own."""
+    return f"{RUN}-{secrets.token_hex(3)}"
+
+
+@pytest.fixture
+def files(name: str) -> Callable[[], list[Path]]:
+    """The files of this test's arenas."""
+    return lambda: sorted(SHM.glob(f"shmroute-*-{name}-*"))
+
+
+@pytest.fixture
+def make_arena(name: str) -> Iterator[Callable[..., Arena]]:
+    """Make small arenas of the test's name in this process; closed after the test."""
+    made: list[Arena] = []
+
+    def make(routes: Any = LAYOUT, **options: Any) -> Arena:
+        made.append(Arena.create(name, routes, **{"capacity": "2MiB", "slots": 16, **options}))
+        return made[-1]
+
+    yield make
+    for arena in made:
+        arena.close()
+
+
+@pytest.fixture
+def arena(make_arena: Callable[..., Arena]) -> Arena:
+    return make_arena()
+
+
+class Actor:
+    """A process that runs a piece of Python beside the test."""
+
+    def __init__(self, command: list[str], errors: Path) -> None:
+        self._errors = errors
+        environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{HERE}", PYTHONDONTWRITEBYTECODE="1")
+        with errors.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environment,
+                start_new_session=True,
+            )
+        self._killed = False
+        self._heard = b""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def say(self, fact: Any = None) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(fact).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def hear(self, timeout: float = 60.0) -> dict[str, Any]:
+        """The next thing that the actor says."""
+        assert self.process.stdout is not None
+        while b"\n" not in self._heard:
+            ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+            piece = os.read(self.process.stdout.fileno(), 1 << 16) if ready else b""
+            assert piece, f"the actor said nothing: {self.errors()}"
+            self._heard += piece
+        line, self._heard = self._heard.split(b"\n", 1)
+        said: dict[str, Any] = json.loads(line)
+        return said
+
+    def last_said(self) -> dict[str, Any]:
+        """The last whole thing that a killed actor said; empty when it said nothing."""
+        assert self.process.stdout is not None
+        *lines, _ = (self._heard + self.process.stdout.read()).split(b"\n")
+        return json.loads(lines[-1]) if lines else {}
+
+    def kill(self) -> None:
+        self._killed = True
+        self.process.kill()
+        self.process.wait()
+
+    def wait(self) -> int:
+        """Wait until it ends by itself; returns its exit status."""
+        return self.process.wait(timeout=60)
+
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def end(self) -> None:
+        """Let it end; what it wrote to its standard error is an error of the test."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=10)
+        finally:
+            self._kill_session()
+            self.process.wait()
+            self.process.stdout.close()
+        assert self._killed or not self.errors()
+
+    def _kill_session(self) -> None:
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it forked
+        except ProcessLookupError:
+            return
+
+
+@pytest.fixture
+def actor(name: str, tmp_path: Path) -> Iterator[Callable[..., Actor]]:
+    """Start an actor: ``actor(code, NAME=..., prefix=[...], python=...)``.
+
+    The code runs after ``from actors import *``; keyword arguments are its globals.
+    """
+    started: list[Actor] = []
+
+    def start(
+        code: str, *, python: str = sys.executable, prefix: tuple[str, ...] = (), **facts: Any
+    ) -> Actor:
+        given = json.dumps({"NAME": name, **facts})
+        text = "\n".join(
+            (
+                "import json, os, shmroute, signal, sys, time",
+                "import numpy as np",
+                "from actors import *",
+                "from shmroute import *",
+                f"globals().update(json.loads({given!r}))",
+                textwrap.dedent(code),
+            )
+        )
+        errors = tmp_path / f"errors-of-actor-{len(started)}"
+        started.append(Actor([*prefix, python, "-W", "error", "-c", text], errors))
+        return started[-1]
+
+    yield start
+    failures = []
+    for one in started:
+        try:
+            one.end()
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            failures.append(str(error))
+    assert not failures
+
+
+WRITER = """
+    arena = Arena.create(NAME, LAYOUT, capacity="2MiB", slots=16)
+    sealed = [add(arena, f"rid-{index}") for index in range(3)]
+    unsealed = arena.reserve("unsealed", tokens=20)
+    text = lambda record: base64.b64encode(record.ticket).decode()
+    import base64
+    say(sealed=[text(record) for record in sealed], unsealed=text(unsealed),
+        segment=arena.segment.data)
+    hear()
+"""
+
+
+@pytest.fixture
+def writer(actor: Callable[..., Actor]) -> Actor:
+    """A writer process with three sealed records, ``rid-0`` to ``rid-2``, and one unsealed."""
+    started = actor(WRITER)
+    started.facts = started.hear()  # type: ignore[attr-defined]
+    return started
+
+
+READER = """
+    held = []
+    while True:
+        source = hear()
+        if source is None:
+            held.clear()
+            say(held=0)
+            continue
+        try:
+            routes = ShmRouteReader(source, arena=NAME, timeout=1.0)
+            held.append(routes)
+            say(intact=is_intact(routes), error="")
+        except ShmRouteError as error:
+            say(intact=False, error=type(error).__name__)
+"""
+
+
+@pytest.fixture
+def reader(actor: Callable[..., Actor]) -> Callable[..., Actor]:
+    """Start a reader process: ``say(source)`` opens and keeps, ``say(None)`` lets go of all."""
+    return lambda **options: actor(READER, **options)
+
+
+@pytest.fixture
+def text() -> Callable[[bytes], str]:
+    """A ticket as it stands in a response."""
+    return lambda ticket: base64.b64encode(ticket).decode()
