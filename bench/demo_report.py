@@ -129,7 +129,7 @@ def result_rows(figures: Figures) -> list[Row]:
     ids = figures.layers * figures.top_k * (1 if figures.num_experts <= 256 else 2)
     return [
         Row("requests through the arena", len(figures.through_arena), "requests"),
-        Row("requests at the same time, two turns each", len(figures.at_once), "requests"),
+        Row("requests of conversations held in parallel", len(figures.at_once), "requests"),
         Row("tokens, prompts and answers", _tokens(figures), "tokens"),
         Row("prompt tokens out of the prefix cache", _cached(figures), "tokens"),
         Row("rows read by rid in the trainer", figures.rows_read, "rows"),
@@ -178,7 +178,7 @@ def table(figures: Figures) -> Table:
         "requests",
         f"{len(figures.through_arena)}",
         f"{len(native)}",
-        f"{len(figures.at_once)} at once, {len(alone)} one by one",
+        f"{len(figures.at_once)} in parallel chats, {len(alone)} alone",
     )
     add(
         "tokens",

@@ -181,7 +181,10 @@ class ArenaCapturer(RoutedExpertsCapturer):
             if entry is None or entry[0] is None:
                 raise RuntimeError("a forward ended whose beginning was not seen")
             tokens, positions, locations = entry
-            count = min(len(tokens), len(captured))
+            count = len(tokens)
+            if len(captured) < count:
+                # Locations without new rows would keep a former occupant's, tags and all.
+                raise RuntimeError(f"{len(captured)} rows were captured for {count} tokens")
             self.table.scatter(
                 captured[:count],
                 locations[:count],

@@ -52,6 +52,8 @@ def describe(req: Any, pool: Any, capturer: ArenaCapturer) -> Finished:
     seqlen = len(prompt) + len(output)
     start = min(req.routed_experts_start_len, seqlen - 1)
     tokens = seqlen - 1 - start
+    if req.kv.req_pool_idx is None:
+        raise RuntimeError("its KV cache was released before its routes were collected")
     row = pool.req_to_token[req.kv.req_pool_idx]
     native = None
     if capturer.shadow:

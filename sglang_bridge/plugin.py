@@ -105,25 +105,32 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
     sites.check_sites((*sites.LAUNCHER, *sites.SCHEDULER, *sites.USED))
     sites.check_attributes()
     from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.environ import envs
 
     # The record itself keeps what the user gave; this shows what SGLang made of it.
     resolved = resolving_view(arguments)
     if not resolved.enable_return_routed_experts:
         raise StartRefused("the ServerArgs were resolved without enable_return_routed_experts")
     refuse_features(resolved)
+    if envs.SGLANG_RUST_SERVER.get():
+        raise StartRefused("SGLANG_RUST_SERVER: its responses do not pass where tickets are put in")
     reaper.reap(wanted.arena)
     # The arenas themselves are made once the model's layers are known; that they would fit
     # is checked before minutes of loading.
-    arenas = max(1, resolved.dp_size) * max(1, resolved.attn_dp_size)
-    segments.check_memory(wanted.capacity * arenas, wanted.arena)
-    _hook_launcher(wanted.arena)
+    segments.check_memory(wanted.capacity * max(1, resolved.dp_size), wanted.arena)
+    _hook_launcher()
+    _launched.add(wanted.arena)
+
+
+# Arenas of the engines that this process has launched, to be reaped when they are killed.
+_launched: set[str] = set()
 
 
 @functools.cache
-def _hook_launcher(arena: str) -> None:
+def _hook_launcher() -> None:
     sites.hook(sites.CHAT, _refuse_several_choices, "AFTER")
     sites.hook(sites.COMPLETION, _refuse_several_choices, "AFTER")
-    sites.hook(sites.KILLED, functools.partial(_reap_after_kill, arena, os.getpid()), "AFTER")
+    sites.hook(sites.KILLED, functools.partial(_reap_after_kill, os.getpid()), "AFTER")
     sites.apply(sites.CHAT, sites.COMPLETION, sites.KILLED)
 
 
@@ -151,7 +158,6 @@ def _prompts(request: Any) -> int:
 
 
 def _reap_after_kill(
-    arena: str,
     launcher: int,
     _result: None,
     parent_pid: int | None = None,
@@ -161,4 +167,5 @@ def _reap_after_kill(
 ) -> None:
     """The launcher has killed its engine: remove what nobody needs of its arenas."""
     if os.getpid() == launcher and parent_pid in (None, launcher) and not include_parent:
-        reaper.reap(arena)
+        for arena in _launched:
+            reaper.reap(arena)

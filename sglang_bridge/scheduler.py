@@ -18,6 +18,8 @@ from .capturer import ArenaCapturer
 from .errors import StartRefused
 from .settings import Settings
 
+logger = logging.getLogger("shmroute")
+
 
 @functools.cache
 def register() -> None:
@@ -59,8 +61,13 @@ def _create(_original: Callable[..., Any], **arguments: Any) -> ArenaCapturer:
 
 def _forward_begins(runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any) -> None:
     capturer = get_global_experts_capturer()
-    if isinstance(capturer, ArenaCapturer) and not runner.is_draft_worker:
+    if not isinstance(capturer, ArenaCapturer) or runner.is_draft_worker:
+        return
+    try:
         capturer.on_forward_begin(forward_batch)
+    except Exception:
+        # The forward goes on; at its end its rows are declared missing.
+        logger.exception("shmroute: the beginning of a forward could not be noted")
 
 
 def _collect(_original: Callable[..., Any], processor: Any, req: Any) -> None:

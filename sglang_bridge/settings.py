@@ -28,6 +28,18 @@ def _flag(value: str) -> bool:
     raise ValueError(f"{value!r} is neither true nor false")
 
 
+def _count(value: str) -> int:
+    if int(value) < 1:
+        raise ValueError(f"{value} is less than 1")
+    return int(value)
+
+
+def _seconds(value: str) -> float:
+    if not float(value) >= 0:
+        raise ValueError(f"{value} is no number of seconds from 0 on")
+    return float(value)
+
+
 def _choice(*allowed: str) -> Callable[[str], str]:
     def parse(value: str) -> str:
         if value not in allowed:
@@ -51,7 +63,7 @@ class Settings:
     capacity: int = _option(
         parse_size, 8 << 30, "Bytes of each data-parallel rank's arena, e.g. 8GiB (default)."
     )
-    slots: int = _option(int, DEFAULT_SLOTS, "Records that an arena holds at once.")
+    slots: int = _option(_count, DEFAULT_SLOTS, "Records that an arena holds at once.")
     table: str = _option(
         _choice("auto", "gpu", "host"), "auto", "Where the route table lives: auto, gpu or host."
     )
@@ -61,12 +73,12 @@ class Settings:
         "When the arena is full: send the rows inline, or an error ticket.",
     )
     retention: float = _option(
-        float,
+        _seconds,
         DEFAULT_RETENTION,
         "Seconds after which an unreleased record may be evicted, if space is needed.",
     )
     keep_versions: int | None = _option(
-        int, None, "Weight versions after which it may be evicted (default: no such limit)."
+        _count, None, "Weight versions after which it may be evicted (default: no such limit)."
     )
     checksum: bool = _option(_flag, False, "Store a CRC-32 of each record's rows.")
     shadow: bool = _option(

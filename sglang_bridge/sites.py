@@ -160,6 +160,12 @@ def hook(site: Site, function: Callable[..., Any], kind: str) -> None:
     """Register a hook: ``kind`` is BEFORE, AFTER or AROUND."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    if site.target in HookRegistry._patched:
+        # SGLang applies a target's hooks once; a later one would be left out without a word.
+        raise StartRefused(
+            f"another plugin has hooked {site.target} before shmroute could: SGLANG_PLUGINS names "
+            "the plugins to load, leave that one out"
+        )
     HookRegistry.register(site.target, function, HookType[kind])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from forwards import VOCABULARY, Forwards
 
 import shmroute
@@ -26,6 +27,7 @@ class Scheduler:
 
     def __init__(self, sglang: SimpleNamespace, arena: shmroute.Arena) -> None:
         self._sglang = sglang
+        self.capturer: Any = None
         self.arena = arena
         self.publisher = Publisher(
             arena, WeightEpochs(), vocabulary=VOCABULARY, inline_when_full=True, shadow=None
@@ -61,9 +63,7 @@ class Scheduler:
         return read_counters(self.arena.memory.counters)
 
 
-def _int32(values: np.ndarray) -> Any:
-    import torch
-
+def _int32(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int32))
 
 
@@ -74,10 +74,18 @@ def scheduler(sglang: SimpleNamespace, arena_name: str) -> Iterator[Scheduler]:
     class WithoutModel(ArenaCapturer):
         def __init__(self, publisher: Publisher) -> None:
             self.publisher, self.shadow, self.host_cache = publisher, False, None
+            self.epochs, self.table = WeightEpochs(), publisher._get_table()
+            self._entry = None
+
+        def forward(self, batch: Any, captured: Any) -> None:
+            """One forward as the hooks see it."""
+            self._get_local_slice = lambda *_: captured
+            self.on_forward_begin(batch)
+            self.on_forward_end(batch, False, None)
 
     arena = shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=8)
     made = Scheduler(sglang, arena)
-    capturer = WithoutModel(made.publisher)
+    capturer = made.capturer = WithoutModel(made.publisher)
     sglang.set_global_experts_capturer(capturer)
     yield made
     sglang.set_global_experts_capturer(None)
@@ -186,6 +194,45 @@ def test_a_rid_that_no_ticket_can_hold_fails_this_request_and_not_the_scheduler(
         ShmRouteReader(collected(scheduler, req))
     assert scheduler.counters["hook_errors"] == 1
     assert scheduler.counters["failed_before_ticket"] == 1
+
+
+class Batch:
+    """What the hooks read of a ``ForwardBatch``."""
+
+    def __init__(self, ids: np.ndarray, locations: np.ndarray) -> None:
+        self.input_ids = torch.from_numpy(ids)
+        self.positions = torch.arange(len(ids))
+        self.out_cache_loc = torch.from_numpy(locations)
+        self.out_cache_loc_virtual = None
+
+    def contains_mm_inputs(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("lacking", [0, 1], ids=["all captured", "one row short"])
+def test_a_forward_that_captured_too_few_rows_leaves_none_of_a_former_occupant(
+    scheduler: Scheduler, lacking: int
+) -> None:
+    """The same tokens ran at the same places before: tags alone would let the old row pass."""
+    req, _ = scheduler.request("again", prompt=20, output=5)
+    ids = np.array([*req.origin_input_ids, *req.output_ids])
+    locations = scheduler.req_to_token_pool.req_to_token[1, :25].numpy().astype(np.int64)
+    captured = scheduler.forwards.routes(25)
+    given = torch.from_numpy(captured[: 25 - lacking].copy())
+    scheduler.capturer.forward(Batch(ids, locations), given)
+    with ShmRouteReader(collected(scheduler, req), allow_missing=True) as routes:
+        assert routes.missing_rows == (24 if lacking else 0)
+        if not lacking:
+            np.testing.assert_array_equal(routes.numpy(), scheduler.forwards.rows(captured)[:24])
+    assert scheduler.counters["hook_errors"] == lacking
+
+
+def test_what_a_forward_captured_is_not_there_for_the_next_one(scheduler: Scheduler) -> None:
+    """A layer that does not capture next time leaves -1, which is missing, and not old ids."""
+    ids, locations = scheduler.forwards.token_ids(8), scheduler.forwards.locations(8)
+    buffer = torch.from_numpy(scheduler.forwards.routes(8))
+    scheduler.capturer.forward(Batch(ids, locations), buffer)
+    assert (buffer == -1).all()
 
 
 def test_every_finished_request_is_counted_once_also_when_the_hook_fails(

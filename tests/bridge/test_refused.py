@@ -39,6 +39,10 @@ ON: dict[str, list[dict[str, Any]]] = {
         }
         for parallel in ({"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2})
     ],
+    "DP attention": [
+        {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2},
+        {"attn_dp_size": 2, "tp_size": 2},
+    ],
     "DWDP": [{"dwdp_size": 2, "tp_size": 2}],
     "hierarchical cache": [{"enable_hierarchical_cache": True}],
     "LMCache": [{"enable_lmcache": True}],

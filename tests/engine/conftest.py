@@ -29,15 +29,17 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What holds of all of a configuration's requests is asked when they have been served."""
-    first: dict[object, int] = {}
-    for index, item in enumerate(items):
-        first.setdefault(item.parent, index)
-    items.sort(key=lambda item: (first[item.parent], _is_inherited(item)))
+    first: dict[type, int] = {}
 
+    def place(indexed: tuple[int, pytest.Item]) -> tuple[int, bool]:
+        index, item = indexed
+        cls = getattr(item, "cls", None)
+        if cls is None:
+            return index, False
+        inherited = getattr(item, "originalname", "") not in vars(cls)
+        return first.setdefault(cls, index), inherited
 
-def _is_inherited(item: pytest.Item) -> bool:
-    cls, name = getattr(item, "cls", None), getattr(item, "originalname", "")
-    return cls is not None and name not in vars(cls)
+    items[:] = [item for _, item in sorted(enumerate(items), key=place)]
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ class HookProbe:
         self.env = {"PYTHONPATH": path, VARIABLE: str(self._written)}
 
     def hooks(self) -> dict[str, list[str]]:
-        """Targets of shmroute's hooks by process, as they are now: every process writes once more first."""
+        """Targets of shmroute's hooks by process; waits for what each process writes next."""
         now = time.time()
         deadline = time.monotonic() + 30.0
         while any(file.stat().st_mtime < now for file in self._written.glob("*.json")):

@@ -15,11 +15,12 @@ import base64
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -218,21 +219,44 @@ class TestQwen512InPagesAndMixedChunks(EveryConfiguration):
                 next(chunks)
             body = native_request(served.prompt(20), rid="queued")
             queued = waiting.submit(served.post, "/generate", body)
-            time.sleep(0.5)
-            served.post("/abort_request", {"rid": "queued"})
-            meta = queued.result().json()["meta_info"]
-            for i in range(self.RUNNING):
+            self.abort_until_done(served, "queued", queued)
+            for i, chunks in enumerate(streams):
                 served.post("/abort_request", {"rid": f"running-{i}"})
-            for chunks in streams:
                 for _ in chunks:
                     pass
+        self.has_no_routes(served, "queued", queued.result())
         after = served.counters()
+        assert after["no_routes"] == before["no_routes"] + 1
+        assert after["finished"] == before["finished"] + 1 + self.RUNNING
+
+    def test_an_abort_between_two_chunks_has_no_routes_and_is_counted(
+        self, served: Traffic
+    ) -> None:
+        before, batches = served.counters(), served.log().count("Prefill batch")
+        with ThreadPoolExecutor(1) as waiting:
+            body = native_request(served.prompt(6000), rid="in-chunks", max_new_tokens=500)
+            chunked = waiting.submit(served.post, "/generate", body)
+            while served.log().count("Prefill batch") == batches:
+                assert not chunked.done()
+                time.sleep(0.01)
+            self.abort_until_done(served, "in-chunks", chunked)
+        self.has_no_routes(served, "in-chunks", chunked.result())
+        after = served.counters()
+        assert after["no_routes"] == before["no_routes"] + 1
+        assert after["finished"] == before["finished"] + 1
+
+    def abort_until_done(self, served: Traffic, rid: str, reply: Future[httpx.Response]) -> None:
+        """Abort more than once, since a request may reach the engine after its abort."""
+        while not reply.done():
+            served.post("/abort_request", {"rid": rid})
+            time.sleep(0.1)
+
+    def has_no_routes(self, served: Traffic, rid: str, response: httpx.Response) -> None:
+        meta = response.json()["meta_info"]
         assert meta["finish_reason"]["type"] == "abort"
         assert not meta.get("routed_experts")
         with pytest.raises(RouteNotFound):
-            ShmRouteReader("queued", arena=served.arena, timeout=0)
-        assert after["no_routes"] == before["no_routes"] + 1
-        assert after["finished"] == before["finished"] + 1 + self.RUNNING
+            ShmRouteReader(rid, arena=served.arena, timeout=0)
 
 
 # -- DeepSeek-V3 ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class Traffic:
         self._random = np.random.default_rng(0)
         ordinary = np.arange(len(SPECIAL_TOKENS), shape.vocab_size)
         self._first_tokens = iter(self._random.permutation(ordinary).tolist())
-        self._tickets: list[str] = []
+        self._tickets: list[str | bytes] = []
         self._final: dict[str, int] | None = None
         self._http = httpx.Client(base_url=url, trust_env=False, timeout=300.0)
 
@@ -126,7 +126,7 @@ class Traffic:
         response = self._http.post(path, json=body)
         assert response.status_code == expect, f"{response.status_code}: {response.text}"
         if expect == 200 and response.content.startswith((b"{", b"[")):
-            self.keep_tickets(response.json())
+            self._keep_tickets(response.json())
         return response
 
     def generate(
@@ -154,7 +154,7 @@ class Traffic:
             data = line.removeprefix("data: ")
             if data and data != "[DONE]":
                 chunk: dict[str, Any] = json.loads(data)
-                self.keep_tickets(chunk)
+                self._keep_tickets(chunk)
                 yield chunk
 
     # -- routes ------------------------------------------------------------------------------
@@ -179,6 +179,7 @@ class Traffic:
                 routes.weight_versions,
                 routes.native(),
             )
+            self._tickets.append(routes.ticket)
         shape = self.shape
         assert found.layer_ids == shape.layer_ids
         assert rows.shape[1:] == (len(shape.layer_ids), shape.top_k)
@@ -191,17 +192,17 @@ class Traffic:
             self.used[layer, rows[:, layer]] = True
         return found
 
-    def keep_tickets(self, body: Any) -> None:
-        """Remember every ticket in a response, for ``finish``."""
+    def _keep_tickets(self, body: Any) -> None:
+        """Remember the tickets in a response: those that nobody reads are released, too."""
         if isinstance(body, list):
             for part in body:
-                self.keep_tickets(part)
+                self._keep_tickets(part)
         elif isinstance(body, dict):
             ticket = body.get("routed_experts")
             if ticket and self.arena:
                 self._tickets.append(ticket)
             for part in body.values():
-                self.keep_tickets(part)
+                self._keep_tickets(part)
 
     def finish(self) -> None:
         """Keep the engine's last counters and release the record of every ticket seen."""
