@@ -106,6 +106,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             retention=settings.retention,
             keep_versions=settings.keep_versions,
             checksum=settings.checksum,
+            maintained=True,
         )
         counters = Counters(arena.memory.counters, SHADOW)
         vocabulary = min(int(model_config.vocab_size), FOREIGN_TOKEN)

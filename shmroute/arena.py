@@ -95,6 +95,7 @@ class Arena:
         retention: float = DEFAULT_RETENTION,
         keep_versions: int | None = None,
         checksum: bool = False,
+        maintained: bool = False,
         group: int | None = None,
     ) -> Arena:
         """Make a new arena and take all of its memory now.
@@ -118,8 +119,12 @@ class Arena:
             Weight epochs after which it may; None: no such limit.
         checksum
             Store a CRC-32 of the rows with each record (``routes.verify()`` checks it).
+        maintained
+            Some thread calls ``arena.writer.maintain()`` after sealing; ``reserve`` then does
+            only a bounded part of the reclaiming.
         group
-            Group id that may read and release, too; None: only this user.
+            Group id that may read and release, too; None: only this user. Its members are
+            trusted not to shorten the control segment, which would end the writer (SIGBUS).
 
         Raises
         ------
@@ -131,7 +136,7 @@ class Arena:
         segments.check_arena_name(name)
         size = layout.align(parse_size(capacity), layout.PAGE)
         _check_geometry(routes, size, slots)
-        reaper.reap(name)
+        _reap_predecessors(name)
         segment, life_fd = _claim_name(name, 0o600 if group is None else 0o640, group)
         try:
             description = _describe(segment, routes, size, slots, retention)
@@ -142,7 +147,12 @@ class Arena:
             raise
         leases = ExclusiveLeases(segment.lease_file)
         writer = RecordWriter(
-            memory, leases, retention=retention, keep_versions=keep_versions, checksum=checksum
+            memory,
+            leases,
+            retention=retention,
+            keep_versions=keep_versions,
+            checksum=checksum,
+            maintained=maintained,
         )
         return cls(memory.segment, memory, writer, life_fd)
 
@@ -197,6 +207,14 @@ class Arena:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _reap_predecessors(name: str) -> None:
+    try:
+        reaper.reap(name)
+    except (OSError, ShmRouteError):
+        # What a dead engine left must not keep a new one from starting.
+        logger.exception("could not clean up after dead arenas named %s", name)
 
 
 def _check_geometry(routes: layout.RouteLayout, size: int, slots: int) -> None:

@@ -57,6 +57,7 @@ def attach(segment: SegmentName) -> AttachedArena:
     found = _attached.get(segment.base)
     if found is not None:
         return found
+    _segments()  # forgets what was removed, also where nobody ever searches
     try:
         memory = ArenaMemory.open(segment)
     except FileNotFoundError as error:
@@ -84,11 +85,23 @@ def attach_all(arena: str | None) -> list[AttachedArena]:
     for segment in _segments():
         if arena in (None, segment.arena, segment.base):
             try:
-                found.append(attach(segment))
-            except (ArenaNotFound, LayoutMismatch, PermissionError):
+                if _trusted(segment):
+                    found.append(attach(segment))
+            except (ArenaNotFound, FileNotFoundError, LayoutMismatch):
                 continue  # gone since the listing, or not ours to read
     found.sort(key=lambda attached: -attached.memory.description.created_ns)
     return found
+
+
+def _trusted(segment: SegmentName) -> bool:
+    """Whether a search may believe it: one's own, or shared with a group of one's own.
+
+    Anybody can put a file of any name under /dev/shm; a ticket names its segment itself.
+    """
+    if segment.uid == os.geteuid():
+        return True
+    status = os.stat(segments.path_of(segment.data), follow_symlinks=False)
+    return status.st_mode & 0o007 == 0 and status.st_gid in os.getgroups()
 
 
 def _segments() -> list[SegmentName]:
@@ -105,3 +118,12 @@ def _segments() -> list[SegmentName]:
             del _attached[base]
         _listing, _listed_at = listing, changed if settled else -1
     return listing
+
+
+def _new_lock_in_child() -> None:
+    # Another thread may have held it, and that thread is not in the child.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock_in_child)

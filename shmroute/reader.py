@@ -13,6 +13,8 @@ Races, and where they are closed
     - It is recycled after step 2: it cannot be, the writer needs the exclusive lease.
     - The writer dies while it writes: its lease is free and the word odd (``WriterDied``).
     - Equal hashes of different rids: under the lease the full rid is compared.
+    - Two records of one rid: the newer takes the older's hash when it is reserved, so only a
+      ticket finds the older; between arenas the time of sealing decides.
     - A release races another reader: the record stays until that reader's lease is gone,
       but nobody else opens it any more.
 """
@@ -47,9 +49,11 @@ from .errors import (
 from .layout import FLAG_CHECKSUM, SlotRow
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun
+from .reaper import is_alive
 from .ticket import InlineRecord, Ticket, parse_source
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 50e-6, 2e-3
+_IN_FLIGHT = (1 << 63) - 1
 
 
 class ShmRouteReader:
@@ -148,35 +152,20 @@ class ShmRouteReader:
     def _try_rid(self, rid: str, arena: str | None) -> bool | None:
         """True: open. None: in flight, wait. False: unknown so far."""
         wanted = rid_hash(rid)
-        for attached in attach_all(arena):
-            # Among equal rids the largest generation is the newest.
-            candidates = sorted(
-                ((self._life_of(attached, slot), slot) for slot in attached.slots_of(wanted)),
-                reverse=True,
-            )
-            for generation, slot in candidates:
-                if generation == 0:
-                    continue
-                try:
-                    if self._try_slot(attached, slot, generation, rid):
-                        return True
-                except _OtherRid:
-                    continue
-                except (RouteFailed, RouteGone):
-                    if attached.memory.hashes[slot] == wanted and generation == self._life_of(
-                        attached, slot
-                    ):
-                        raise
-                    # The slot went on to another record while we looked: look again.
-                return None
+        for _time, generation, slot, attached in _candidates(wanted, arena):
+            try:
+                if self._try_slot(attached, slot, generation, rid):
+                    return True
+            except _OtherRid:
+                continue
+            except (RouteFailed, RouteGone):
+                if attached.memory.hashes[slot] == wanted and generation == _life_of(
+                    attached, slot
+                ):
+                    raise
+                # The slot went on to another record while we looked: look again.
+            return None
         return False
-
-    @staticmethod
-    def _life_of(attached: AttachedArena, slot: int) -> int:
-        """The slot's generation, sealed or not; of a free slot the last that it had."""
-        memory = attached.memory
-        word = int(memory.words[slot])
-        return word & ~1 if word else max(memory.row(slot).generation, memory.failure(slot)[0])
 
     def _try_slot(self, attached: AttachedArena, slot: int, generation: int, rid: str) -> bool:
         """Open the slot if it holds this generation sealed; False while it is in flight."""
@@ -408,7 +397,39 @@ class _OtherRid(InvalidTicket):
     """The slot holds another rid: the next candidate when searching, an error for a ticket."""
 
 
-def release(sources: Any, *, timeout: float = 5.0) -> int:
+def _candidates(wanted: np.uint64, arena: str | None) -> list[tuple[int, int, int, AttachedArena]]:
+    """``(time, generation, slot, arena)`` of the records that may have this rid, newest first.
+
+    Data-parallel ranks and restarted engines have arenas of their own, so generations do not
+    compare; the time of sealing does. What a living writer is writing is newest of all.
+    """
+    found = []
+    for attached in attach_all(arena):
+        for slot in attached.slots_of(wanted):
+            generation = _life_of(attached, slot)
+            if generation:
+                found.append((_time_of(attached, slot, generation), generation, slot, attached))
+    return sorted(found, key=lambda candidate: candidate[:2], reverse=True)
+
+
+def _life_of(attached: AttachedArena, slot: int) -> int:
+    """The slot's generation, sealed or not; of a free slot the last that it had."""
+    memory = attached.memory
+    word = int(memory.words[slot])
+    return word & ~1 if word else max(memory.row(slot).generation, memory.failure(slot)[0])
+
+
+def _time_of(attached: AttachedArena, slot: int, generation: int) -> int:
+    """When the slot's record was sealed; one that never was counts by its arena's age."""
+    row = attached.memory.row(slot)
+    if row.generation == generation:
+        return row.sealed_ns
+    if int(attached.memory.words[slot]) & 1 and is_alive(attached.segment):
+        return _IN_FLIGHT
+    return attached.memory.description.created_ns
+
+
+def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> int:
     """Release records by ticket (or rid, or response); returns how many were open to release.
 
     Idempotent and usable from any process of the node: records that are gone, failed or
@@ -418,17 +439,33 @@ def release(sources: Any, *, timeout: float = 5.0) -> int:
     ----------
     sources
         One source or several, as ``ShmRouteReader`` takes them.
+    arena
+        With rids: the arena's name; None searches all of this user's arenas.
     timeout
         Seconds to wait for a record that is still in flight.
+
+    Raises
+    ------
+    RouteNotFound, RouteTimeout, InvalidTicket, ...
+        What was wrong with the first source that could not be released; the others are.
     """
     released = 0
+    failures: list[ShmRouteError] = []
     for source in _as_many(sources):
         try:
-            with ShmRouteReader(source, timeout=timeout, allow_missing=True) as routes:
+            with ShmRouteReader(source, arena=arena, timeout=timeout, allow_missing=True) as routes:
                 routes.release()
                 released += not routes.inline
-        except (RouteGone, RouteFailed, WriterDied, ArenaNotFound):
+        except (RouteGone, RouteFailed, WriterDied):
             continue  # nothing left to release
+        except ArenaNotFound:
+            if not isinstance(parse_source(source), Ticket):
+                raise
+            continue  # the whole arena is gone, and the record with it
+        except ShmRouteError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
     return released
 
 

@@ -93,8 +93,11 @@ def reap_segment(segment: SegmentName, *, force: bool = False) -> Reaped | None:
 
 
 def is_alive(segment: SegmentName) -> bool:
-    """Whether the writer of this arena lives: it holds the life lock."""
-    fd = segments.open_object(segment.data, writable=False)
+    """Whether the writer of this arena lives: it holds the life lock. False when it is gone."""
+    try:
+        fd = segments.open_object(segment.data, writable=False)
+    except FileNotFoundError:
+        return False
     try:
         return is_locked(fd, fcntl.F_RDLCK, 0, 1)
     finally:

@@ -33,7 +33,7 @@ _VERSION = 1
 _TICKET, _INLINE, _FAILED = 0, 1, 2
 # What base64 makes of the envelope's first six bytes: tells a ticket's text from a rid.
 _TEXT_PREFIX = base64.b64encode(b"\x95\xa4shmr").decode()
-_HOST_BYTES = 30
+_HOST_BYTES = 27
 _SEGMENT_NAME_MAX = 128  # more than any segment's name has
 RID_BYTES_MAX = 4096
 _DTYPES = {"uint8": 1, "uint16": 2}

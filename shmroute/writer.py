@@ -57,7 +57,7 @@ from .ticket import RID_BYTES_MAX, InlineRecord, Ticket
 
 # A free slot can be busy for an instant while a late reader looks at it.
 _BUSY_SLOTS_TRIED = 64
-# Reclaiming on the reserving side is bounded: the sealing side does the bulk.
+# Where somebody calls ``maintain``, reclaiming on the reserving side is bounded.
 _RECLAIMED_AT_ONCE = 64
 # A record under a lease is no gain, but trying it costs 3 to 6 us, too.
 _TRIED_AT_ONCE = 512
@@ -73,7 +73,8 @@ class Reservation:
     Attributes
     ----------
     rows
-        Writable ``[tokens, moe_layers, top_k]`` array over the record's extent.
+        Writable ``[tokens, moe_layers, top_k]`` array over the record's extent. NumPy casts
+        what is assigned without a word: ids must be within ``[0, num_experts)``.
     ticket
         The envelope (bytes) that lets a reader find the record; valid at once.
     open
@@ -200,6 +201,9 @@ class RecordWriter:
         Weight epochs after which it may; None: no limit.
     checksum
         Store a CRC-32 of the rows with each record.
+    maintained
+        Another thread calls ``maintain``, so ``reserve`` does no more than a bounded part of
+        the reclaiming itself.
     """
 
     def __init__(
@@ -210,6 +214,7 @@ class RecordWriter:
         retention: float,
         keep_versions: int | None,
         checksum: bool,
+        maintained: bool,
     ) -> None:
         self.memory = memory
         self.weight_epoch = 0
@@ -220,6 +225,7 @@ class RecordWriter:
         self._retention = retention
         self._keep_versions = keep_versions
         self._checksum = checksum
+        self._maintained = maintained
         slots = memory.description.slots
         self._allocator = ExtentAllocator(memory.description.heap_bytes)
         # First in, first out: a slot remembers its last failure until it fails again.
@@ -276,7 +282,7 @@ class RecordWriter:
             generation = self._next_generation
             self._next_generation += 2
             self._extent_of[slot] = offset, plan.total_bytes
-            self.memory.hashes[slot] = rid_hash(rid)
+            self._take_name(slot, rid)
             self.memory.words[slot] = generation + 1  # odd: from here on readers wait
             self.counters.add("reserved")
             self._publish_usage()
@@ -296,6 +302,15 @@ class RecordWriter:
         metadata = Metadata(rid, merge_ranges(missing), _runs(versions))
         routes = self.memory.description.routes
         return InlineRecord(rid, start, prompt_tokens, routes, metadata, rows).encode()
+
+    def _take_name(self, slot: int, rid: str) -> None:
+        """Make the slot the only one that a search for the rid finds; tickets need no name.
+
+        An older record of this rid must not come up again when this one has been released.
+        """
+        hashes, name = self.memory.hashes, rid_hash(rid)
+        hashes[hashes == name] = 0
+        hashes[slot] = name
 
     def _allocate(self, size: int, after: Reservation | None) -> tuple[int, int]:
         near = None if after is None else after.offset + after.plan.total_bytes
@@ -331,9 +346,9 @@ class RecordWriter:
             self._free_slots.append(slot)
 
     def _make_room(self, size: int) -> None:
-        self.reclaim(limit=_RECLAIMED_AT_ONCE)
+        self.reclaim(limit=_RECLAIMED_AT_ONCE if self._maintained else None)
         self._take_back()
-        left = _RECLAIMED_AT_ONCE
+        left = _RECLAIMED_AT_ONCE if self._maintained else self.memory.description.slots
         # What comes free need not lie together: go on until one piece is large enough.
         while left > 0 and (self._allocator.largest < size or not self._free_slots):
             evicted = self.evict_expired(until_bytes=size, limit=left)
