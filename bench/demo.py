@@ -4,9 +4,8 @@
 
 What happens
     1 A small random-weight MoE with a tokenizer is made, without a download.
-    2 The real SGLang HTTP server starts with ``--shmroute-arena`` (on the GPU if there is
-      one, else on the CPU), in shadow mode: it compares every record with SGLang's own
-      host cache.
+    2 The real SGLang HTTP server starts with ``--shmroute-arena``, on the CPU (this version
+      refuses a GPU), in shadow mode: it compares every record with SGLang's own host cache.
     3 Concurrent requests go over HTTP: shared prompt prefixes, two turns, many lengths, one
       prompt long enough for chunked prefill. A second process (``demo_trainer.py``), told
       only rids, reads the routes of each.
@@ -67,11 +66,9 @@ FAILURES = (DemoError, EngineStartError, TrainerError, httpx.HTTPError, TimeoutE
 class Demo:
     """One run: its processes, its files, and the end of both."""
 
-    def __init__(self, *, quick: bool, device: str) -> None:
+    def __init__(self, *, quick: bool) -> None:
         self.steps = Steps()
         self.quick = quick
-        self.device = device
-        self.on_cpu = True
         self.arena = f"demo-{os.getpid()}"
         self.folder = Path(tempfile.mkdtemp(prefix="shmroute-demo-"))
         self._servers: list[ServerProcess] = []
@@ -134,7 +131,7 @@ class Demo:
             expert_pairs=experts["pairs"],
             largest_ticket=max(one.route_bytes for one, _ in (*at_once, *alone)),
             left_in_shm=len(self.left_in_shm()),
-            where="on the CPU" if self.on_cpu else "on the GPU",
+            where="on the CPU",
         )
 
     def _make_model(self) -> Path:
@@ -144,15 +141,13 @@ class Demo:
             from transformers.utils import logging as transformers_logging
 
             transformers_logging.disable_progress_bar()
-            self.on_cpu = not _gpu_wanted(self.device)
             return qwen3_moe(
                 self.folder / "model",
                 num_experts=EXPERTS,
                 top_k=TOP_K,
                 layers=LAYERS,
-                # Small for the CPU; a GPU's attention kernels want heads of 64.
-                hidden=64 if self.on_cpu else 256,
-                expert_width=16 if self.on_cpu else 64,
+                hidden=64,  # small, since a CPU runs it
+                expert_width=16,
             )
 
     def _make_conversations(self, model: Path) -> tuple[list[Conversation], list[Conversation]]:
@@ -172,7 +167,6 @@ class Demo:
             # The user's own settings must not turn the plain server into another one.
             env={name: "" for name in os.environ if name.startswith("SHMROUTE_")},
             log=self.folder / f"server-{len(self._servers) + 1}.log",
-            cpu=self.on_cpu,
         )
         self._servers.append(server)
         with self.steps.step(what):
@@ -287,14 +281,6 @@ def _server_info(server: ServerProcess) -> dict[str, Any]:
     return info
 
 
-def _gpu_wanted(device: str) -> bool:
-    if device != "auto":
-        return device == "cuda"
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
 def _interrupt(number: int, _frame: Any) -> NoReturn:
     """First Ctrl-C (or SIGTERM): clean up. Further ones must not cut that short."""
     for each in (signal.SIGINT, signal.SIGTERM):
@@ -310,9 +296,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", default="demo-report.json", metavar="PATH", help="result file (%(default)s)"
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
-    )
     arguments = parser.parse_args()
     if not Path(arguments.json).absolute().parent.is_dir():
         parser.error(f"--json {arguments.json}: there is no such folder")
@@ -324,7 +307,7 @@ def main() -> int:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, _interrupt)
     began = time.monotonic()
-    demo = Demo(quick=arguments.quick, device=arguments.device)
+    demo = Demo(quick=arguments.quick)
     console, keep_logs = demo.steps.console, True
     try:
         figures = demo.run()

@@ -86,14 +86,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
             config=model_config.hf_text_config,
             redundant=get_exec().moe.ep_num_redundant_experts,
         )
-        on_cpu = torch.device(device).type == "cpu"
-        if settings.table == "gpu" and on_cpu:
+        if settings.table == "gpu":
             raise StartRefused("--shmroute-table gpu: this engine runs on a CPU; leave it at auto")
-        if settings.table == "host" and not on_cpu:
-            raise StartRefused(
-                "--shmroute-table host: this version keeps the table where the model runs; leave "
-                "it at auto"
-            )
         if model_config.context_len > POSITION_MAX:
             raise StartRefused(
                 f"a context of {model_config.context_len} tokens: tags tell {POSITION_MAX} apart"

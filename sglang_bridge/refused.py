@@ -25,6 +25,11 @@ _UNTESTED = "no test has shown its routes right"
 _KV_WITHOUT_FORWARD = "it writes KV without a forward, which no tag would notice"
 
 REFUSALS = (
+    Refusal(
+        "an accelerator (device)",
+        lambda a: a.device != "cpu",
+        "this version orders its gathers for a CPU engine, not for a device's streams",
+    ),
     Refusal("two-batch overlap", lambda a: a.enable_two_batch_overlap, _UNTESTED),
     Refusal("pp_size > 1", lambda a: a.pp_size > 1, "a stage captures only its own layers"),
     Refusal(

@@ -19,6 +19,7 @@ EAGLE = {
 }
 # Feature -> arguments that turn it on, each of them alone.
 ON: dict[str, list[dict[str, Any]]] = {
+    "an accelerator (device)": [{"device": "cuda"}],
     "two-batch overlap": [{"enable_two_batch_overlap": True}],
     "pp_size > 1": [{"pp_size": 2}],
     "attention context parallelism": [
@@ -82,10 +83,9 @@ def resolve(sglang: SimpleNamespace, checkpoint: Path) -> Any:
     def resolve(**given: Any) -> Any:
         arguments = sglang.ServerArgs(
             model_path=str(checkpoint),
-            device="cpu",
             attention_backend="torch_native",
             skip_tokenizer_init=True,
-            **given,
+            **{"device": "cpu", **given},
         )
         try:
             arguments.resolve_once()
@@ -132,7 +132,9 @@ def test_what_sglang_chose_by_itself_is_refused_like_what_the_user_gave(
     sglang: SimpleNamespace, resolve: Any, checkpoint: Path
 ) -> None:
     """The record keeps the user's input (None here); the choice is only in the view of it."""
-    arguments = sglang.ServerArgs(model_path=str(checkpoint), speculative_algorithm="EAGLE")
+    arguments = sglang.ServerArgs(
+        model_path=str(checkpoint), device="cpu", speculative_algorithm="EAGLE"
+    )
     sglang.declare_resolution(arguments, "auto choice", speculative_eagle_topk=4)
     assert arguments.speculative_eagle_topk is None
     with pytest.raises(StartRefused, match="speculative_eagle_topk > 1"):
