@@ -25,6 +25,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,8 @@ import torch
 from shmroute import Arena, ArenaFull, WeightRun
 from shmroute.counters import SEALING, Counters
 from shmroute.metadata import ranges_of, weight_runs
+from shmroute.reservation import Reservation
 from shmroute.ticket import RID_BYTES_MAX, failed_ticket
-from shmroute.writer import Reservation
 
 from .epochs import WeightEpochs
 from .shadow import Shadow
@@ -45,6 +46,8 @@ from .table import RouteTable
 from .tags import epochs_of, expected_places, wrong_rows
 
 logger = logging.getLogger("shmroute")
+
+_WARNING_SECONDS = 1.0
 
 
 @dataclass(slots=True)
@@ -104,6 +107,7 @@ class Publisher:
         self._pending: list[_Job] = []
         self._last: Reservation | None = None
         self._broken = False
+        self._unsaid, self._next_warning = 0, 0.0
         self._gathered = threading.Event()
         self._gathered.set()
         # None ends a thread, and is passed on to the next.
@@ -182,16 +186,26 @@ class Publisher:
         self._to_gather.put((jobs, gathered))
 
     def _when_full(self, request: Finished, full: ArenaFull) -> bytes:
-        if not self._inline_when_full:
-            logger.warning("shmroute: rid %s gets an error ticket: %s", request.rid, full)
-            return self.refuse(request.rid, str(full))
+        self._warn_full(request, full)
+        if self._inline_when_full:
+            return self._inline(request, "inline_full")
+        return self.refuse(request.rid, str(full))
+
+    def _warn_full(self, request: Finished, full: ArenaFull) -> None:
+        """One line a second at most: an arena that stays full must not fill the log as well."""
+        self._unsaid += 1
+        now = time.monotonic()
+        if now < self._next_warning:
+            return
         logger.warning(
-            "shmroute: the rows of rid %s (%d tokens) travel inside its response: %s",
+            "shmroute: the rows of rid %s (%d tokens) %s; %d requests since the last such line: %s",
             request.rid,
             request.tokens,
+            "travel inside its response" if self._inline_when_full else "are not kept",
+            self._unsaid,
             full,
         )
-        return self._inline(request, "inline_full")
+        self._unsaid, self._next_warning = 0, now + _WARNING_SECONDS
 
     def _inline(self, request: Finished, why: str) -> bytes:
         """Gather now, on the calling thread: the one case in which it waits."""

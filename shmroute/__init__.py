@@ -31,8 +31,9 @@ from .errors import (
 )
 from .layout import RouteLayout
 from .metadata import WeightRun
-from .reader import ShmRouteReader, release
+from .reader import ShmRouteReader
 from .reaper import reap
+from .releasing import release
 from .views import RouteArray
 
 __all__ = [

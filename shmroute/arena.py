@@ -38,8 +38,9 @@ from . import layout, reaper, segments
 from .errors import ShmRouteError
 from .leases import SLOTS_PER_FILE, ExclusiveLeases, lock_range
 from .memory import ArenaMemory
+from .reservation import Reservation
 from .segments import SegmentName
-from .writer import RecordWriter, Reservation
+from .writer import RecordWriter
 
 logger = logging.getLogger("shmroute")
 

@@ -121,3 +121,8 @@ def merge_ranges(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
         else:
             merged.append((first, end))
     return tuple(merged)
+
+
+def as_runs(versions: Iterable[WeightRun | tuple[int, int, str]]) -> tuple[WeightRun, ...]:
+    """Weight runs out of plain tuples."""
+    return tuple(WeightRun(int(first), int(epoch), str(label)) for first, epoch, label in versions)

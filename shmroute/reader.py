@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -31,9 +30,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import layout, segments, views
-from .attached import AttachedArena, attach, attach_all
+from .attached import AttachedArena, attach
 from .errors import (
-    ArenaNotFound,
     ChecksumMismatch,
     IncompleteRoutes,
     InvalidTicket,
@@ -41,19 +39,16 @@ from .errors import (
     NotOnThisNode,
     RouteFailed,
     RouteGone,
-    RouteNotFound,
-    RouteTimeout,
     ShmRouteError,
     WriterDied,
 )
 from .layout import FLAG_CHECKSUM, SlotRow
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun
-from .reaper import is_alive
+from .search import candidates, ended, life_of, timed_out
 from .ticket import InlineRecord, Ticket, parse_source
 
 _BACKOFF_FIRST, _BACKOFF_LAST = 50e-6, 2e-3
-_IN_FLIGHT = (1 << 63) - 1
 
 
 class ShmRouteReader:
@@ -143,7 +138,7 @@ class ShmRouteReader:
             if opened:
                 break
             if time.monotonic() >= deadline:
-                raise _timed_out(source, arena, timeout, in_flight=by_ticket or opened is None)
+                raise timed_out(source, arena, timeout, in_flight=by_ticket or opened is None)
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, _BACKOFF_LAST)
         if isinstance(source, Ticket):
@@ -152,16 +147,14 @@ class ShmRouteReader:
     def _try_rid(self, rid: str, arena: str | None) -> bool | None:
         """True: open. None: in flight, wait. False: unknown so far."""
         wanted = rid_hash(rid)
-        for _time, generation, slot, attached in _candidates(wanted, arena):
+        for _time, generation, slot, attached in candidates(wanted, arena):
             try:
                 if self._try_slot(attached, slot, generation, rid):
                     return True
             except _OtherRid:
                 continue
             except (RouteFailed, RouteGone):
-                if attached.memory.hashes[slot] == wanted and generation == _life_of(
-                    attached, slot
-                ):
+                if attached.memory.hashes[slot] == wanted and generation == life_of(attached, slot):
                     raise
                 # The slot went on to another record while we looked: look again.
             return None
@@ -179,7 +172,7 @@ class ShmRouteReader:
         word = int(memory.words[slot])
         if not leased:
             if word | 1 > generation + 1:
-                raise _ended(attached, slot, generation, rid)
+                raise ended(attached, slot, generation, rid)
             return False
         try:
             if word == generation + 1:
@@ -188,7 +181,7 @@ class ShmRouteReader:
                     "it sealed this record: run the request again"
                 )
             if word != generation or int(memory.acknowledgements[slot]) == generation:
-                raise _ended(attached, slot, generation, rid)
+                raise ended(attached, slot, generation, rid)
             self._take(attached, slot, rid)
         except BaseException:
             if self._rows is None:
@@ -397,83 +390,6 @@ class _OtherRid(InvalidTicket):
     """The slot holds another rid: the next candidate when searching, an error for a ticket."""
 
 
-def _candidates(wanted: np.uint64, arena: str | None) -> list[tuple[int, int, int, AttachedArena]]:
-    """``(time, generation, slot, arena)`` of the records that may have this rid, newest first.
-
-    Data-parallel ranks and restarted engines have arenas of their own, so generations do not
-    compare; the time of sealing does. What a living writer is writing is newest of all.
-    """
-    found = []
-    for attached in attach_all(arena):
-        for slot in attached.slots_of(wanted):
-            generation = _life_of(attached, slot)
-            if generation:
-                found.append((_time_of(attached, slot, generation), generation, slot, attached))
-    return sorted(found, key=lambda candidate: candidate[:2], reverse=True)
-
-
-def _life_of(attached: AttachedArena, slot: int) -> int:
-    """The slot's generation, sealed or not; of a free slot the last that it had."""
-    memory = attached.memory
-    word = int(memory.words[slot])
-    return word & ~1 if word else max(memory.row(slot).generation, memory.failure(slot)[0])
-
-
-def _time_of(attached: AttachedArena, slot: int, generation: int) -> int:
-    """When the slot's record was sealed; one that never was counts by its arena's age."""
-    row = attached.memory.row(slot)
-    if row.generation == generation:
-        return row.sealed_ns
-    if int(attached.memory.words[slot]) & 1 and is_alive(attached.segment):
-        return _IN_FLIGHT
-    return attached.memory.description.created_ns
-
-
-def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> int:
-    """Release records by ticket (or rid, or response); returns how many were open to release.
-
-    Idempotent and usable from any process of the node: records that are gone, failed or
-    inline count as released already.
-
-    Parameters
-    ----------
-    sources
-        One source or several, as ``ShmRouteReader`` takes them.
-    arena
-        With rids: the arena's name; None searches all of this user's arenas.
-    timeout
-        Seconds to wait for a record that is still in flight.
-
-    Raises
-    ------
-    RouteNotFound, RouteTimeout, InvalidTicket, ...
-        What was wrong with the first source that could not be released; the others are.
-    """
-    released = 0
-    failures: list[ShmRouteError] = []
-    for source in _as_many(sources):
-        try:
-            with ShmRouteReader(source, arena=arena, timeout=timeout, allow_missing=True) as routes:
-                routes.release()
-                released += not routes.inline
-        except (RouteGone, RouteFailed, WriterDied):
-            continue  # nothing left to release
-        except ArenaNotFound:
-            if not isinstance(parse_source(source), Ticket):
-                raise
-            continue  # the whole arena is gone, and the record with it
-        except ShmRouteError as error:
-            failures.append(error)
-    if failures:
-        raise failures[0]
-    return released
-
-
-def _as_many(sources: Any) -> Iterable[Any]:
-    single = isinstance(sources, str | bytes | bytearray | memoryview | dict)
-    return [sources] if single else sources
-
-
 def _attach_ticket(ticket: Ticket, arena: str | None) -> AttachedArena:
     if ticket.boot_id != segments.boot_id():
         raise NotOnThisNode(
@@ -502,39 +418,3 @@ def _check_bounds(row: SlotRow, memory: ArenaMemory, slot: int) -> None:
         raise LayoutMismatch(
             f"slot {slot} of arena {description.arena_id.hex()} points outside its extent: {row}"
         )
-
-
-def _ended(attached: AttachedArena, slot: int, generation: int, rid: str) -> ShmRouteError:
-    """Why a generation is over: it failed, or it was released or evicted."""
-    failed, reason = attached.memory.failure(slot)
-    if failed == generation:
-        return RouteFailed(f"rid {rid!r}: the engine gave this record up: {reason}")
-    return RouteGone(
-        f"rid {rid!r}: the record (generation {generation}) was released or evicted; open it "
-        "before releasing it, or keep records longer (--shmroute-retention, "
-        "--shmroute-keep-versions, a larger --shmroute-capacity)"
-    )
-
-
-def _timed_out(
-    source: Ticket | str, arena: str | None, timeout: float, *, in_flight: bool
-) -> ShmRouteError:
-    rid = source if isinstance(source, str) else source.rid
-    if in_flight:
-        return RouteTimeout(
-            f"rid {rid!r}: still being written after {timeout} s; a longer timeout, or look at "
-            "the engine's log"
-        )
-    found = attach_all(arena)
-    if not found:
-        return ArenaNotFound(
-            f"no arena {arena or '(any name)'} under {segments.SHM_DIR} after {timeout} s: is the "
-            "engine running with --shmroute-arena, as this user, and is /dev/shm shared with it "
-            "(docker --ipc=host)?"
-        )
-    return RouteNotFound(
-        f"rid {rid!r} is in none of {len(found)} arenas "
-        f"({', '.join(sorted({a.segment.arena for a in found}))}) after {timeout} s: it has not "
-        "finished, asked for no routes, was served inline or was evicted. With n > 1 the engine "
-        "makes up a rid for each choice: use each choice's meta_info['id'] or its ticket"
-    )

@@ -40,7 +40,6 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -52,8 +51,9 @@ from .errors import ArenaFull, ShmRouteError
 from .extents import ExtentAllocator
 from .leases import ExclusiveLeases
 from .memory import ArenaMemory, rid_hash
-from .metadata import Metadata, WeightRun, merge_ranges
-from .ticket import RID_BYTES_MAX, InlineRecord, Ticket
+from .metadata import Metadata, WeightRun, as_runs, merge_ranges
+from .reservation import Reservation
+from .ticket import RID_BYTES_MAX, InlineRecord
 
 # A free slot can be busy for an instant while a late reader looks at it.
 _BUSY_SLOTS_TRIED = 64
@@ -63,129 +63,6 @@ _RECLAIMED_AT_ONCE = 64
 _TRIED_AT_ONCE = 512
 # Below this share of free heap or slots, expired records are evicted ahead of need.
 _PRESSURE = 8
-
-
-class Reservation:
-    """One record between ``reserve`` and ``seal`` or ``fail``.
-
-    As a context manager it seals on leaving, and fails when an exception passes.
-
-    Attributes
-    ----------
-    rows
-        Writable ``[tokens, moe_layers, top_k]`` array over the record's extent. NumPy casts
-        what is assigned without a word: ids must be within ``[0, num_experts)``.
-    ticket
-        The envelope (bytes) that lets a reader find the record; valid at once.
-    open
-        Neither sealed nor failed yet.
-    """
-
-    def __init__(
-        self,
-        writer: RecordWriter,
-        slot: int,
-        generation: int,
-        rid: str,
-        start: int,
-        tokens: int,
-        prompt_tokens: int,
-        plan: layout.ExtentPlan,
-        offset: int,
-    ) -> None:
-        self.slot = slot
-        self.generation = generation
-        self.rid = rid
-        self.start = start
-        self.tokens = tokens
-        self.prompt_tokens = prompt_tokens
-        self.offset = offset
-        self.plan = plan
-        self.complete: bool | None = None
-        self._writer = writer
-        self.open = True
-
-    @property
-    def rows(self) -> npt.NDArray[Any]:
-        memory = self._writer.memory
-        routes = memory.description.routes
-        return memory.array(self.offset, (self.tokens, *routes.row_shape), routes.dtype)
-
-    @property
-    def ticket(self) -> bytes:
-        description = self._writer.memory.description
-        return Ticket(
-            boot_id=description.writer.boot_id,
-            host=description.writer.host,
-            segment=self._writer.memory.segment,
-            slot=self.slot,
-            generation=self.generation,
-            rid=self.rid,
-            start=self.start,
-            tokens=self.tokens,
-            layers=description.routes.row_shape[0],
-            top_k=description.routes.top_k,
-            dtype=description.routes.dtype_name,
-            complete=self.complete,
-        ).encode()
-
-    def seal(
-        self,
-        *,
-        missing: Iterable[tuple[int, int]] = (),
-        versions: Iterable[WeightRun | tuple[int, int, str]] = (),
-    ) -> None:
-        """Hand the record to its readers. Every row must be in memory by now.
-
-        Parameters
-        ----------
-        missing
-            ``[first, end)`` ranges of rows that must not be used.
-        versions
-            Runs ``(first row, epoch, label)`` of weight versions, in row order.
-
-        Raises
-        ------
-        ValueError
-            Missing rows or weight runs that the record does not have; it stays open.
-        ShmRouteError
-            Already sealed or failed; or the arena was closed; or the metadata outgrew its
-            room (the record then is failed, and its readers are told so).
-        """
-        metadata = Metadata(self.rid, merge_ranges(missing), _runs(versions))
-        metadata.check(self.tokens)  # before the end: a caller's mistake can still be failed
-        self._end()
-        self._writer.seal(self, metadata)
-
-    def fail(self, reason: str) -> None:
-        """Give the record up; whoever holds its ticket gets ``RouteFailed`` with ``reason``."""
-        self._end()
-        self._writer.fail(self, reason)
-
-    def _end(self) -> None:
-        if not self.open:
-            raise ShmRouteError(f"the record of rid {self.rid!r} is sealed or failed already")
-        self.open = False
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if not self.open:
-            return
-        if error is None:
-            self.seal()
-        else:
-            self.fail(f"aborted by {type(error).__name__}: {error}")
-
-
-def _runs(versions: Iterable[WeightRun | tuple[int, int, str]]) -> tuple[WeightRun, ...]:
-    return tuple(WeightRun(int(first), int(epoch), str(label)) for first, epoch, label in versions)
 
 
 class RecordWriter:
@@ -299,7 +176,7 @@ class RecordWriter:
         versions: Iterable[WeightRun | tuple[int, int, str]] = (),
     ) -> bytes:
         """An envelope with the rows in it, for when the arena cannot take them."""
-        metadata = Metadata(rid, merge_ranges(missing), _runs(versions))
+        metadata = Metadata(rid, merge_ranges(missing), as_runs(versions))
         routes = self.memory.description.routes
         return InlineRecord(rid, start, prompt_tokens, routes, metadata, rows).encode()
 
