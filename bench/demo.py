@@ -34,11 +34,12 @@ from typing import Any, NoReturn
 import httpx
 import numpy as np
 import orjson
+import psutil
 import pybase64
 from demo_report import Delivery, Figures, closing, result_rows, table
 from demo_rollouts import Conversation, Finished, make_conversations, one_by_one, together
 from demo_steps import Steps
-from engine_process import EngineStartError, ServerProcess
+from engine_process import EngineStartError, ServerProcess, inodes_in_use, shared_memory_files
 from result_file import exit_code, write
 from trainer_process import TrainerError, TrainerProcess
 
@@ -70,6 +71,7 @@ class Demo:
         self.steps = Steps()
         self.quick = quick
         self.arena = f"demo-{os.getpid()}"
+        self._before = set(shared_memory_files().values())
         self.folder = Path(tempfile.mkdtemp(prefix="shmroute-demo-"))
         self._servers: list[ServerProcess] = []
         self._trainers: list[TrainerProcess] = []
@@ -232,9 +234,14 @@ class Demo:
         shmroute.reap(self.arena, force=True)
 
     def left_in_shm(self) -> list[str]:
-        """What the demo's processes left there, the arena included."""
-        arenas = [segment.data for segment in inspection.find_segments(self.arena)]
-        return [*arenas, *(name for server in self._servers for name in server.leftovers())]
+        """Files that were not there before the demo and that no other living process uses."""
+        others = (p.pid for p in psutil.process_iter() if p.pid != os.getpid())
+        in_use = set().union(*map(inodes_in_use, others))
+        return [
+            name
+            for name, inode in shared_memory_files().items()
+            if inode not in self._before and inode not in in_use
+        ]
 
 
 def by_ticket(trainer: TrainerProcess, finished: Finished) -> tuple[Delivery, int]:

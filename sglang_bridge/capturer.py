@@ -15,7 +15,7 @@ import logging
 from typing import Any
 
 import torch
-from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_serving, get_spec
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.state_capturer.base import BaseDeviceCache
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
@@ -84,7 +84,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             model,
             model_name=str(model_config.model_path),
             config=model_config.hf_text_config,
-            redundant=get_exec().moe.ep_num_redundant_experts,
+            device=device,
         )
         if settings.table == "gpu":
             raise StartRefused("--shmroute-table gpu: this engine runs on a CPU; leave it at auto")
@@ -211,16 +211,14 @@ class ArenaCapturer(RoutedExpertsCapturer):
 def largest_forward(max_running_requests: int, context_length: int) -> int:
     """Rows that the capture buffer needs: the largest prefill, with decodes mixed in.
 
-    SGLang's own bound forgets mixed decodes, ``chunked_prefill_size = -1`` (then only
-    ``max_prefill_tokens`` and the context bound a prefill) and the tokens that speculative
-    decoding verifies.
+    SGLang's own bound forgets mixed decodes, and ``chunked_prefill_size = -1`` (then only
+    ``max_prefill_tokens`` and the context bound a prefill).
     """
     schedule, ranks = get_schedule(), get_parallel().num_dp_ranks
     chunk = schedule.chunked_prefill_size
     if chunk is None or chunk <= 0:
         chunk = max(schedule.max_prefill_tokens, context_length)
-    verified = get_spec().speculative_num_draft_tokens or 1
-    return int((chunk + max_running_requests * verified) * ranks)
+    return int((chunk + max_running_requests) * ranks)
 
 
 def _is_owner() -> bool:

@@ -23,7 +23,7 @@ _ROUTED_INSIDE = (TopKOutputFormat.TRITON_KERNEL, TopKOutputFormat.BYPASSED)
 
 
 def route_layout(
-    model: torch.nn.Module, *, model_name: str, config: Any, redundant: int
+    model: torch.nn.Module, *, model_name: str, config: Any, device: str
 ) -> RouteLayout:
     """Describe the routes that the capture buffer of ``model`` will hold.
 
@@ -32,8 +32,8 @@ def route_layout(
     config
         The text model's config; its ``num_experts_per_tok`` and ``num_hidden_layers``
         size SGLang's capture buffer.
-    redundant
-        Redundant physical experts (expert-parallel load balancing); ids stay logical.
+    device
+        Where the model runs: the CPU's forwards capture whatever their output format.
 
     Raises
     ------
@@ -47,10 +47,10 @@ def route_layout(
                 f"layer {module.layer_id} routes by token hash: SGLang captures no routes there"
             )
     for router in routers:
-        _check_captured(router)
+        _check_captured(router, device)
     layer_ids = sorted({int(router.layer_id) for router in routers})
     experts = {
-        int(module.layer_id): int(module.num_global_routed_experts) - redundant
+        int(module.layer_id): int(module.num_global_routed_experts)
         for module in model.modules()
         if isinstance(module, FusedMoE) and int(module.layer_id) in layer_ids
     }
@@ -66,12 +66,11 @@ def route_layout(
     )
 
 
-def _check_captured(router: TopK) -> None:
+def _check_captured(router: TopK, device: str) -> None:
     topk = router.topk_config
     if not topk.allow_routed_experts_capture:
         raise StartRefused(f"layer {router.layer_id}: SGLang does not capture its routes")
-    on_cpu = not torch.cuda.is_available()  # the CPU forwards capture whatever the format
-    if topk.output_format in _ROUTED_INSIDE and not on_cpu:
+    if topk.output_format in _ROUTED_INSIDE and torch.device(device).type != "cpu":
         raise StartRefused(
             f"layer {router.layer_id}: its MoE kernel chooses the experts inside "
             f"({topk.output_format.name}), so SGLang captures no routes: start with "

@@ -70,14 +70,14 @@ REFUSALS = (
     ),
     Refusal("PD multiplexing", lambda a: a.enable_pdmux, "a forward is split over calls"),
     Refusal(
-        "speculative_eagle_topk > 1",
-        lambda a: a.speculative_algorithm and (a.speculative_eagle_topk or 1) > 1,
-        "accepted tokens' KV is moved",
+        "speculative decoding",
+        lambda a: a.speculative_algorithm,
+        "no test has shown its routes right, and some algorithms move accepted tokens' KV",
     ),
     Refusal(
-        "NGRAM speculation",
-        lambda a: str(a.speculative_algorithm).upper() == "NGRAM",
-        "accepted tokens' KV is moved",
+        "redundant experts or EPLB",
+        lambda a: a.ep_num_redundant_experts > 0 or a.enable_eplb,
+        "no test has shown that the ids are logical ones",
     ),
     Refusal(
         "sliding-window replay",

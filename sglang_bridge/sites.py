@@ -96,7 +96,22 @@ LAUNCHER = (RESOLVE, CHAT, COMPLETION, KILLED)
 # Class -> attributes that the bridge reads from its instances.
 ATTRIBUTES = {
     "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
-    "sglang.srt.managers.schedule_batch.Req": ("output_ids_through_stop", "finished"),
+    "sglang.srt.managers.schedule_batch.Req": (
+        "output_ids_through_stop",
+        "finished",
+        "kv",
+        "rid",
+        "origin_input_ids",
+        "sampling_params",
+        "return_routed_experts",
+        "routed_experts_start_len",
+        "routed_experts",
+        "finished_reason",
+    ),
+    "sglang.srt.layers.moe.topk.TopK": ("layer_id", "is_draft", "topk_config"),
+    "sglang.srt.layers.moe.hash_topk.HashTopK": ("layer_id", "is_draft"),
+    "sglang.srt.model_executor.model_runner.ModelRunner": ("is_draft_worker",),
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
         "input_ids",
         "positions",
@@ -147,13 +162,22 @@ def check_attributes() -> None:
     """Check that the attributes used exist; raises StartRefused like ``check_sites``."""
     for target, names in ATTRIBUTES.items():
         owner = _resolve(target)
-        known = {*getattr(owner, "__dataclass_fields__", ()), *dir(owner)}
+        known = {*_instance_attributes(owner), *dir(owner)}
         missing = [name for name in names if name not in known]
         if missing:
             raise StartRefused(
                 f"SGLang {version()}: {target} has no {', '.join(missing)}; shmroute does not "
                 "know this version of it. Use a version that the README lists"
             )
+
+
+def _instance_attributes(owner: type) -> Iterable[str]:
+    """Fields of a dataclass; of another class what its constructor mentions, so sets or reads."""
+    fields = getattr(owner, "__dataclass_fields__", None)
+    if fields is not None:
+        return tuple(fields)
+    constructor = getattr(vars(owner).get("__init__"), "__code__", None)
+    return () if constructor is None else constructor.co_names
 
 
 def hook(site: Site, function: Callable[..., Any], kind: str) -> None:

@@ -12,11 +12,6 @@ import pytest
 from sglang_bridge.errors import StartRefused
 from sglang_bridge.refused import REFUSALS, refuse_features
 
-EAGLE = {
-    "speculative_algorithm": "EAGLE",
-    "speculative_num_steps": 3,
-    "speculative_num_draft_tokens": 8,
-}
 # Feature -> arguments that turn it on, each of them alone.
 ON: dict[str, list[dict[str, Any]]] = {
     "an accelerator (device)": [{"device": "cuda"}],
@@ -53,8 +48,19 @@ ON: dict[str, list[dict[str, Any]]] = {
         {"disaggregation_mode": mode} for mode in ("prefill", "decode")
     ],
     "PD multiplexing": [{"enable_pdmux": True}],
-    "speculative_eagle_topk > 1": [{**EAGLE, "speculative_eagle_topk": 4}],
-    "NGRAM speculation": [{"speculative_algorithm": "NGRAM"}],
+    "speculative decoding": [
+        {
+            "speculative_algorithm": "EAGLE",
+            "speculative_num_steps": 3,
+            "speculative_num_draft_tokens": 8,
+            "speculative_eagle_topk": 4,
+        },
+        {"speculative_algorithm": "NGRAM"},
+    ],
+    "redundant experts or EPLB": [
+        {"ep_num_redundant_experts": 2, "tp_size": 2},
+        {"enable_eplb": True, "tp_size": 2},
+    ],
     "sliding-window replay": [
         {"enable_encoder_swa_bounded_replay": True},
         {"enable_decoder_swa_bounded_replay": True},
@@ -132,12 +138,10 @@ def test_what_sglang_chose_by_itself_is_refused_like_what_the_user_gave(
     sglang: SimpleNamespace, resolve: Any, checkpoint: Path
 ) -> None:
     """The record keeps the user's input (None here); the choice is only in the view of it."""
-    arguments = sglang.ServerArgs(
-        model_path=str(checkpoint), device="cpu", speculative_algorithm="EAGLE"
-    )
-    sglang.declare_resolution(arguments, "auto choice", speculative_eagle_topk=4)
-    assert arguments.speculative_eagle_topk is None
-    with pytest.raises(StartRefused, match="speculative_eagle_topk > 1"):
+    arguments = sglang.ServerArgs(model_path=str(checkpoint), device="cpu")
+    sglang.declare_resolution(arguments, "auto choice", moe_a2a_backend="deepep")
+    assert arguments.moe_a2a_backend != "deepep"
+    with pytest.raises(StartRefused, match="all-to-all backends"):
         refuse_features(sglang.resolving_view(arguments))
 
 

@@ -34,11 +34,19 @@ def without(target: str) -> Iterator[None]:
     kept = {one: vars(one)[name] for one in owners}
     fields = getattr(owner, "__dataclass_fields__", {})
     field = fields.pop(name, None)
+    constructor = None if fields else getattr(owner, "__init__", None)
+    code = getattr(constructor, "__code__", None)
+    if code is not None:
+        # As if the constructor set it under another name.
+        names = tuple("another_name" if one == name else one for one in code.co_names)
+        constructor.__code__ = code.replace(co_names=names)
     for one in kept:
         delattr(one, name)
     try:
         yield
     finally:
+        if code is not None:
+            constructor.__code__ = code
         for one, value in kept.items():
             setattr(one, name, value)
         if field is not None:

@@ -22,11 +22,13 @@ CAPACITY, SLOTS = "64MiB", 1024
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """An engine that has ended: ``files`` of the arena name are there afterwards."""
+    """An engine that has ended: ``files`` of the arena name, and their memory, afterwards."""
 
     name: str
     ending: Ending
+    with_arena: bool
     files: int
+    taken_bytes: int
 
 
 class Engines:
@@ -76,7 +78,11 @@ class Engines:
     ) -> Iterator[Traffic]:
         """Serve ``model`` as SGLang does alone."""
         server = ServerProcess(model, *args, env=env, log=self._logs / f"{name}.log")
-        with self.ends(name, "kill"), server, self._traffic(server, "") as traffic:
+        with (
+            self.ends(name, "kill", with_arena=False),
+            server,
+            self._traffic(server, "") as traffic,
+        ):
             yield traffic
 
     @contextmanager
@@ -86,10 +92,12 @@ class Engines:
             traffic.finish()
 
     @contextmanager
-    def ends(self, name: str, ending: Ending) -> Iterator[None]:
+    def ends(self, name: str, ending: Ending, *, with_arena: bool = True) -> Iterator[None]:
         """Note what is there once the engine within has ended."""
         yield
-        self.ended.append(Ended(name, ending, len(self.files())))
+        files = self.files()
+        taken = sum((SHARED_MEMORY / file).stat().st_blocks * 512 for file in files)
+        self.ended.append(Ended(name, ending, with_arena, len(files), taken))
 
     def files(self) -> list[str]:
         """Files of this arena name in ``/dev/shm``, whatever engine made them."""

@@ -65,7 +65,7 @@ def test_an_inline_envelope_s_length_is_never_a_multiple_of_4(make_arena):
 
 
 def test_the_response_grows_by_at_most_350_bytes(text):
-    ticket = dataclasses.replace(LARGEST, rid="0123456789abcdef" * 3)
+    ticket = dataclasses.replace(LARGEST, rid="0123456789abcdef" * 4)
     assert len(',"routed_experts":""') + len(text(ticket.encode())) <= 350
 
 

@@ -1,0 +1,101 @@
+"""Models whose routes would not all be captured stop the start, by SGLang's own module types."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_bridge.errors import StartRefused
+
+CONFIG = SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3)
+
+
+@pytest.fixture
+def make(sglang: SimpleNamespace) -> Any:
+    """Modules of SGLang's types with the attributes that matter, no weights, no kernels."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.hash_topk import HashTopK
+    from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
+
+    def bare(kind: type[torch.nn.Module], **attributes: Any) -> torch.nn.Module:
+        module = kind.__new__(kind)
+        torch.nn.Module.__init__(module)
+        for name, value in attributes.items():
+            object.__setattr__(module, name, value)
+        return module
+
+    def router(layer: int, *, top_k: int = 2, captured: bool = True, inside: bool = False) -> Any:
+        config = SimpleNamespace(
+            top_k=top_k,
+            num_shared_topk_slots=0,
+            allow_routed_experts_capture=captured,
+            output_format=TopKOutputFormat.BYPASSED if inside else TopKOutputFormat.STANDARD,
+        )
+        return bare(TopK, layer_id=layer, is_draft=False, topk_config=config)
+
+    def experts(layer: int, number: int = 8) -> Any:
+        return bare(FusedMoE, layer_id=layer, _num_global_routed=number)
+
+    def hashed(layer: int) -> Any:
+        return bare(HashTopK, layer_id=layer, is_draft=False)
+
+    return SimpleNamespace(router=router, experts=experts, hashed=hashed)
+
+
+def layout(*modules: torch.nn.Module, device: str = "cpu") -> Any:
+    from sglang_bridge.layers import route_layout
+
+    model = torch.nn.ModuleList(modules)
+    return route_layout(model, model_name="made", config=CONFIG, device=device)
+
+
+def test_only_the_layers_that_route_are_kept(make: Any) -> None:
+    routes = layout(make.router(1), make.experts(1), make.router(2), make.experts(2))
+    assert routes.layer_ids == (1, 2)
+    assert (routes.num_experts, routes.top_k, routes.num_layers) == (8, 2, 3)
+
+
+def test_a_model_without_moe_layers_is_refused(make: Any) -> None:
+    with pytest.raises(StartRefused, match="no MoE layer"):
+        layout(torch.nn.Linear(2, 2))
+
+
+def test_hash_routing_is_refused(make: Any) -> None:
+    with pytest.raises(StartRefused, match="layer 0 routes by token hash"):
+        layout(make.hashed(0), make.router(1), make.experts(1))
+
+
+def test_a_router_that_is_not_captured_is_refused(make: Any) -> None:
+    with pytest.raises(StartRefused, match="layer 1: SGLang does not capture"):
+        layout(make.router(1, captured=False), make.experts(1))
+
+
+def test_routing_inside_the_kernel_is_refused_where_kernels_route(make: Any) -> None:
+    modules = make.router(1, inside=True), make.experts(1)
+    assert layout(*modules, device="cpu").layer_ids == (1,)
+    with pytest.raises(StartRefused, match="chooses the experts inside"):
+        layout(*modules, device="cuda")
+
+
+def test_experts_without_a_router_are_refused(make: Any) -> None:
+    with pytest.raises(StartRefused, match=r"MoE layers \[2\] have no TopK"):
+        layout(make.router(1), make.experts(1), make.experts(2))
+
+
+def test_a_router_without_experts_is_refused(make: Any) -> None:
+    with pytest.raises(StartRefused, match=r"layers \[2\] have a router and no FusedMoE"):
+        layout(make.router(1), make.experts(1), make.router(2))
+
+
+@pytest.mark.parametrize("change", ["top_k", "experts"])
+def test_layers_of_different_shapes_are_refused(make: Any, change: str) -> None:
+    second = (
+        (make.router(2, top_k=3), make.experts(2))
+        if change == "top_k"
+        else (make.router(2), make.experts(2, 16))
+    )
+    with pytest.raises(StartRefused, match="MoE layers differ"):
+        layout(make.router(1), make.experts(1), *second)
