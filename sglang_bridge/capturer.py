@@ -141,6 +141,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         Before the model runs, because multimodal code clamps ids in place, and data
         parallelism pads them and does not take it back.
         """
+        self._entry = None
         if self.publisher is None:
             return
         locations = forward_batch.out_cache_loc_virtual
@@ -187,12 +188,13 @@ class ArenaCapturer(RoutedExpertsCapturer):
                 positions[:count],
                 self.epochs.mark_used(),
             )
-            captured.fill_(-1)
         except Exception:
             # The KV of this forward was written, its routes were not: every tag is in doubt.
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")
             publisher.counters.add("hook_errors")
             self.table.forget()
+        finally:
+            captured.fill_(-1)  # a layer that does not capture next time must not show these
 
     def weights_change(self, label: str | None) -> None:
         """Weights begin to change; rows from now on belong to another epoch."""

@@ -8,6 +8,8 @@ that no forward ran under names nothing, so the number only rises when there was
 from __future__ import annotations
 
 _LABELS_KEPT = 1024
+# A record has room for several runs of weight versions, each with its label.
+LABEL_CHARACTERS = 128
 
 
 class WeightEpochs:
@@ -16,7 +18,7 @@ class WeightEpochs:
     def __init__(self, first_label: str | None = None) -> None:
         self.current = 0
         self._used = False
-        self._labels: dict[int, str] = {0: first_label} if first_label else {}
+        self._labels: dict[int, str] = {0: first_label[:LABEL_CHARACTERS]} if first_label else {}
 
     def mark_used(self) -> int:
         """A forward runs now; returns the epoch that it runs under."""
@@ -30,7 +32,7 @@ class WeightEpochs:
             self._used = False
             self._labels.pop(self.current - _LABELS_KEPT, None)
         if label:
-            self._labels[self.current] = label
+            self._labels[self.current] = label[:LABEL_CHARACTERS]
 
     def label(self, epoch: int) -> str:
         """The version given for an epoch, else ``epoch-N``."""

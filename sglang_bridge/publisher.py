@@ -172,6 +172,7 @@ class Publisher:
         """An envelope that tells the reader why this request has no routes."""
         self.counters.add("failed_before_ticket")
         # What made the request fail may be its rid: one that no ticket can hold.
+        self.arena.writer.forget_name(rid)
         printable = rid[:RID_BYTES_MAX].encode("utf-8", "replace").decode()
         return failed_ticket(printable, reason)
 

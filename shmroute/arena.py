@@ -144,7 +144,7 @@ class Arena:
             memory = _fill(segment, life_fd, description, group)
         except BaseException:
             reaper.remove_files(segment)
-            os.close(life_fd)
+            _close_life(life_fd)
             raise
         leases = ExclusiveLeases(segment.lease_file)
         writer = RecordWriter(
@@ -196,7 +196,7 @@ class Arena:
         """Close what makes this process the writer, without touching the arena."""
         self.writer.abandon()
         life_fd, self._life_fd = self._life_fd, -1
-        os.close(life_fd)
+        _close_life(life_fd)
 
     def __enter__(self) -> Arena:
         return self
@@ -234,9 +234,10 @@ def _claim_name(name: str, mode: int, group: int | None) -> tuple[SegmentName, i
     while True:
         segment = SegmentName(os.geteuid(), name, secrets.token_bytes(8), temporary=True)
         fd = segments.create_object(segment.data, mode, group)
+        _life_fds.add(fd)
         if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
             return segment, fd
-        os.close(fd)  # the reaper was faster than the lock and has removed the file
+        _close_life(fd)  # the reaper was faster than the lock and has removed the file
 
 
 def _describe(
@@ -283,6 +284,15 @@ def _whole(segment: SegmentName) -> SegmentName:
     return SegmentName(segment.uid, segment.arena, segment.arena_id)
 
 
+# Every life lock of this process, also of arenas being made or forgotten by their makers.
+_life_fds: set[int] = set()
+
+
+def _close_life(fd: int) -> None:
+    _life_fds.discard(fd)
+    os.close(fd)
+
+
 _every_arena: weakref.WeakSet[Arena] = weakref.WeakSet()
 
 
@@ -290,6 +300,8 @@ def _abandon_in_child() -> None:
     for arena in list(_every_arena):
         if arena._life_fd >= 0:
             arena._abandon()
+    for fd in list(_life_fds):
+        _close_life(fd)
 
 
 os.register_at_fork(after_in_child=_abandon_in_child)

@@ -64,16 +64,17 @@ _TABLE_OFFSET = _COUNTER_OFFSET + COUNTER_BANKS * COUNTERS_PER_BANK * 8
 
 # generation, extent offset, extent bytes, metadata offset, sealed at (CLOCK_BOOTTIME ns),
 # tokens, start, prompt tokens, missing rows, metadata bytes, flags, checksum,
-# and apart from them, since it outlives the slot's next records: failed generation, reason.
-_SLOT = struct.Struct("<QQQQQ IIII IIQ Q 112s")
+# and apart from them, since it outlives the slot's next records: failed generation, when
+# (CLOCK_BOOTTIME ns), reason.
+_SLOT = struct.Struct("<QQQQQ IIII IIQ QQ 104s")
 SLOT_ROW_BYTES = _SLOT.size
 # What the tables take: a fixed part (header, alignment) and a part for each slot.
 MIN_TABLE_BYTES = _TABLE_OFFSET + EXTENT_ALIGN
 SLOT_BYTES = 16 + SLOT_ROW_BYTES
 _RECORD_FIELDS = struct.Struct("<QQQQQ IIII IIQ")
-_FAILURE_FIELDS = struct.Struct("<Q112s")
+_FAILURE_FIELDS = struct.Struct("<QQ104s")
 _FAILURE_OFFSET = _RECORD_FIELDS.size
-_REASON_BYTES = 112
+_REASON_BYTES = 104
 
 FLAG_CHECKSUM = 1
 
@@ -246,10 +247,10 @@ def plan_extent(routes: RouteLayout, rid_bytes: int, tokens: int) -> ExtentPlan:
     """Size a record's extent before its metadata is known.
 
     The room for metadata holds the rid, one bit a row (which rows are missing) and the
-    runs of weight versions; it stays under 2% of the rows of any record above 64 KB.
+    runs of weight versions; it stays under 2% of the rows of any record above 256 KB.
     """
     rows = tokens * routes.row_bytes
-    metadata = rid_bytes + 128 + (tokens + 7) // 8 + min(rows // 128, 4096)
+    metadata = rid_bytes + 1024 + (tokens + 7) // 8 + min(rows // 128, 4096)
     return ExtentPlan(rows, align(rows), align(rows) + align(metadata))
 
 
@@ -310,17 +311,26 @@ def read_record(segment: memoryview, offset: int) -> SlotRow:
     return SlotRow._make(_RECORD_FIELDS.unpack_from(segment, offset))
 
 
-def write_failure(segment: memoryview, offset: int, generation: int, reason: str) -> None:
+class Failure(NamedTuple):
+    """The last generation of a slot that failed (0: none), when, and why."""
+
+    generation: int
+    failed_ns: int
+    reason: str
+
+
+def write_failure(segment: memoryview, offset: int, failure: Failure) -> None:
     """Leave word of a failed generation; later records of the slot do not touch it."""
-    text = reason.encode("utf-8", "replace")[: _REASON_BYTES - 1]
+    text = failure.reason.encode("utf-8", "replace")[: _REASON_BYTES - 1]
     at = offset + _FAILURE_OFFSET
-    segment[at : at + _FAILURE_FIELDS.size] = _FAILURE_FIELDS.pack(generation, text)
+    fields = _FAILURE_FIELDS.pack(failure.generation, failure.failed_ns, text)
+    segment[at : at + _FAILURE_FIELDS.size] = fields
 
 
-def read_failure(segment: memoryview, offset: int) -> tuple[int, str]:
-    """The slot's last failed generation (0: none) and its reason."""
-    generation, text = _FAILURE_FIELDS.unpack_from(segment, offset + _FAILURE_OFFSET)
-    return generation, text.rstrip(b"\0").decode("utf-8", "replace")
+def read_failure(segment: memoryview, offset: int) -> Failure:
+    """The slot's last failure."""
+    generation, when, text = _FAILURE_FIELDS.unpack_from(segment, offset + _FAILURE_OFFSET)
+    return Failure(generation, when, text.rstrip(b"\0").decode("utf-8", "replace"))
 
 
 def _pack_description(description: ArenaDescription) -> bytes:

@@ -131,7 +131,9 @@ class SharedLeases:
         self._held_in: dict[int, int] = {}  # lease file -> slots of it that are held
         self._dropped: deque[int] = deque()
         self._before_fork: dict[int, int] = {}
-        _every_shared.add(self)
+        self._lost: dict[int, int] = {}  # in a child: leases that only the parent has
+        with _one_fork:  # not while a fork has listed who must be told of it
+            _every_shared.add(self)
 
     def try_acquire(self, slot: int) -> bool:
         """Take or share the slot's lease; False while the writer has it.
@@ -143,10 +145,11 @@ class SharedLeases:
         LeaseUnavailable
             No descriptor or lock could be had.
         """
-        with self._lock:
-            taken = self._acquire(slot)
-        self._drain()
-        return taken
+        try:
+            with self._lock:
+                return self._acquire(slot)
+        finally:
+            self._drain()
 
     def drop(self, slot: int) -> None:
         """Give one lease back. Safe in a finaliser, whatever this thread is doing."""
@@ -188,6 +191,9 @@ class SharedLeases:
                 self._lock.release()
 
     def _release(self, slot: int) -> None:
+        if self._lost.get(slot):
+            self._lost[slot] -= 1
+            return
         self._counts[slot] -= 1
         if self._counts[slot]:
             return
@@ -238,12 +244,45 @@ class SharedLeases:
         self._drain()
 
     def after_fork_in_child(self) -> None:
-        while self._before_fork:
-            index, fd = self._before_fork.popitem()
-            os.close(self._fds[index])  # the parent's description: closed, never unlocked
-            self._fds[index] = fd
+        # The inherited descriptions are the parent's: closed, never unlocked.
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds, self._before_fork = self._before_fork, {}
+        for slot in [slot for slot in self._counts if slot // SLOTS_PER_FILE not in self._fds]:
+            self._lost[slot] = self._counts.pop(slot)
+        self._held_in = {index: self._held_in[index] for index in self._fds}
         self._lock.release()
         self._drain()
+
+
+class HeldLease:
+    """One lease of this process, dropped with this object: its only owner.
+
+    An exception out of a signal handler can arrive between any two steps of an opening. Then
+    a lease may live as long as the process; it is never dropped twice, which would take
+    another view's.
+    """
+
+    __slots__ = ("_held", "_leases", "_slot")
+
+    def __init__(self, leases: SharedLeases, slot: int) -> None:
+        self._held = False
+        self._leases = leases
+        self._slot = slot
+
+    def try_acquire(self) -> bool:
+        """See ``SharedLeases.try_acquire``; at most once."""
+        self._held = self._leases.try_acquire(self._slot)
+        return self._held
+
+    def drop(self) -> None:
+        """Give it back now; again is fine."""
+        if self._held:
+            self._held = False
+            self._leases.drop(self._slot)
+
+    def __del__(self) -> None:
+        self.drop()
 
 
 _every_shared: weakref.WeakSet[SharedLeases] = weakref.WeakSet()

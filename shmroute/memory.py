@@ -126,7 +126,7 @@ class ArenaMemory:
     def row(self, slot: int) -> layout.SlotRow:
         return layout.read_record(self.data, self.slot_offset(slot))
 
-    def failure(self, slot: int) -> tuple[int, str]:
+    def failure(self, slot: int) -> layout.Failure:
         return layout.read_failure(self.data, self.slot_offset(slot))
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

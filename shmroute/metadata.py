@@ -46,7 +46,7 @@ class Metadata:
     def pack(self, tokens: int = 0) -> bytes:
         """Encode; with ``tokens`` given, ranges may turn into a bitmap when that is smaller."""
         flat: Any = [bound for span in self.missing for bound in span]
-        if tokens and len(self.missing) * 6 > (tokens + 7) // 8:
+        if tokens and len(self.missing) * 10 > (tokens + 7) // 8:
             bits = np.zeros(tokens, dtype=np.uint8)
             for first, end in self.missing:
                 bits[first:end] = 1

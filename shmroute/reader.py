@@ -43,6 +43,7 @@ from .errors import (
     WriterDied,
 )
 from .layout import FLAG_CHECKSUM, SlotRow
+from .leases import HeldLease
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun
 from .search import candidates, ended, life_of, timed_out
@@ -165,8 +166,9 @@ class ShmRouteReader:
         memory = attached.memory
         if slot >= memory.description.slots:
             raise InvalidTicket(f"slot {slot} of an arena with {memory.description.slots}")
+        lease = HeldLease(attached.leases, slot)
         try:
-            leased = attached.leases.try_acquire(slot)
+            leased = lease.try_acquire()
         except FileNotFoundError as error:
             raise RouteGone(f"rid {rid!r}: its arena {attached.segment.data} is gone") from error
         word = int(memory.words[slot])
@@ -182,14 +184,14 @@ class ShmRouteReader:
                 )
             if word != generation or int(memory.acknowledgements[slot]) == generation:
                 raise ended(attached, slot, generation, rid)
-            self._take(attached, slot, rid)
+            self._take(attached, lease, slot, rid)
         except BaseException:
             if self._rows is None:
-                attached.leases.drop(slot)
+                lease.drop()  # now: a traceback would keep it
             raise
         return True
 
-    def _take(self, attached: AttachedArena, slot: int, rid: str) -> None:
+    def _take(self, attached: AttachedArena, lease: HeldLease, slot: int, rid: str) -> None:
         """Check the record under its lease and make it this reader's."""
         memory = attached.memory
         row = memory.row(slot)
@@ -212,7 +214,7 @@ class ShmRouteReader:
         self._ticket = None
         self._arena = attached
         shape = (row.tokens, *routes.row_shape)
-        self._rows = views.LeasedRows(attached, slot, row.extent_offset, shape, routes.dtype)
+        self._rows = views.LeasedRows(attached, lease, row.extent_offset, shape, routes.dtype)
 
     def _check_ticket(self, ticket: Ticket) -> None:
         here = (self.start, self.tokens, *self.layout.row_shape, self.layout.dtype_name)
@@ -364,10 +366,10 @@ class ShmRouteReader:
         """
         if self._inline is not None:
             return
-        self._leased()
-        assert self._arena is not None
-        # Under our lease the generation cannot change: no later life can be acknowledged.
-        self._arena.memory.acknowledgements[self._slot] = self._row.generation
+        # Under our lease, which ``rows`` keeps until the store, also against a ``close`` in
+        # another thread, the generation cannot change: no later life can be acknowledged.
+        rows = self._leased()
+        rows.arena.memory.acknowledgements[self._slot] = self._row.generation
 
     def close(self) -> None:
         """Let go of the record. Views handed out before stay valid and keep the lease."""

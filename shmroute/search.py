@@ -45,14 +45,18 @@ def life_of(attached: AttachedArena, slot: int) -> int:
     """The slot's generation, sealed or not; of a free slot the last that it had."""
     memory = attached.memory
     word = int(memory.words[slot])
-    return word & ~1 if word else max(memory.row(slot).generation, memory.failure(slot)[0])
+    return word & ~1 if word else max(memory.row(slot).generation, memory.failure(slot).generation)
 
 
 def _time_of(attached: AttachedArena, slot: int, generation: int) -> int:
-    """When the slot's record was sealed; one that never was counts by its arena's age."""
+    """When the slot's record was sealed or failed; one that a dead writer was writing counts
+    by its arena's age."""
     row = attached.memory.row(slot)
     if row.generation == generation:
         return row.sealed_ns
+    failure = attached.memory.failure(slot)
+    if failure.generation == generation:
+        return failure.failed_ns
     if int(attached.memory.words[slot]) & 1 and is_alive(attached.segment):
         return _IN_FLIGHT
     return attached.memory.description.created_ns
@@ -60,9 +64,9 @@ def _time_of(attached: AttachedArena, slot: int, generation: int) -> int:
 
 def ended(attached: AttachedArena, slot: int, generation: int, rid: str) -> ShmRouteError:
     """Why a generation is over: it failed, or it was released or evicted."""
-    failed, reason = attached.memory.failure(slot)
-    if failed == generation:
-        return RouteFailed(f"rid {rid!r}: the engine gave this record up: {reason}")
+    failure = attached.memory.failure(slot)
+    if failure.generation == generation:
+        return RouteFailed(f"rid {rid!r}: the engine gave this record up: {failure.reason}")
     return RouteGone(
         f"rid {rid!r}: the record (generation {generation}) was released or evicted; open it "
         "before releasing it, or keep records longer (--shmroute-retention, "

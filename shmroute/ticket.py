@@ -253,6 +253,11 @@ def _rid(rid: Any) -> str:
     return str(rid)
 
 
+def looks_like_ticket(text: str) -> bool:
+    """Whether a reader takes this text for a ticket and not for a rid."""
+    return text.startswith(_TEXT_PREFIX)
+
+
 def parse_source(source: Any) -> Ticket | InlineRecord | str:
     """What a user may hand to a reader: a rid, a ticket (bytes or base64 text), a response.
 
@@ -264,7 +269,7 @@ def parse_source(source: Any) -> Ticket | InlineRecord | str:
     if isinstance(source, bytes | bytearray | memoryview):
         return decode(source)
     if isinstance(source, str):
-        if source.startswith(_TEXT_PREFIX):
+        if looks_like_ticket(source):
             return _decode_text(source)
         if len(source) > RID_BYTES_MAX:
             raise InvalidTicket(

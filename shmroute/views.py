@@ -15,23 +15,24 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from .attached import AttachedArena
+    from .leases import HeldLease
 
 
 class LeasedRows:
     """Owner of one lease and of the rows under it, for NumPy's array interface."""
 
-    __slots__ = ("__array_interface__", "__weakref__", "_arena", "_slot", "address", "nbytes")
+    __slots__ = ("__array_interface__", "__weakref__", "_lease", "address", "arena", "nbytes")
 
     def __init__(
         self,
         arena: AttachedArena,
-        slot: int,
+        lease: HeldLease,
         offset: int,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
     ) -> None:
-        self._arena = arena
-        self._slot = slot
+        self.arena = arena  # keeps the mapping
+        self._lease = lease
         self.address = arena.memory.heap_address + offset
         self.nbytes = math.prod(shape) * dtype.itemsize
         self.__array_interface__ = {
@@ -40,9 +41,6 @@ class LeasedRows:
             "typestr": dtype.str,
             "data": (self.address, True),  # True: read-only
         }
-
-    def __del__(self) -> None:
-        self._arena.leases.drop(self._slot)
 
 
 class RouteArray(np.ndarray[Any, Any]):

@@ -53,7 +53,7 @@ from .leases import ExclusiveLeases
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun, as_runs, merge_ranges
 from .reservation import Reservation
-from .ticket import RID_BYTES_MAX, InlineRecord
+from .ticket import RID_BYTES_MAX, InlineRecord, looks_like_ticket
 
 # A free slot can be busy for an instant while a late reader looks at it.
 _BUSY_SLOTS_TRIED = 64
@@ -61,6 +61,7 @@ _BUSY_SLOTS_TRIED = 64
 _RECLAIMED_AT_ONCE = 64
 # A record under a lease is no gain, but trying it costs 3 to 6 us, too.
 _TRIED_AT_ONCE = 512
+_ROUNDS_AT_ONCE = 4
 # Below this share of free heap or slots, expired records are evicted ahead of need.
 _PRESSURE = 8
 
@@ -176,6 +177,8 @@ class RecordWriter:
         versions: Iterable[WeightRun | tuple[int, int, str]] = (),
     ) -> bytes:
         """An envelope with the rows in it, for when the arena cannot take them."""
+        _check_rid(rid)
+        self.forget_name(rid)
         metadata = Metadata(rid, merge_ranges(missing), as_runs(versions))
         routes = self.memory.description.routes
         return InlineRecord(rid, start, prompt_tokens, routes, metadata, rows).encode()
@@ -185,9 +188,13 @@ class RecordWriter:
 
         An older record of this rid must not come up again when this one has been released.
         """
-        hashes, name = self.memory.hashes, rid_hash(rid)
-        hashes[hashes == name] = 0
-        hashes[slot] = name
+        self.forget_name(rid)
+        self.memory.hashes[slot] = rid_hash(rid)
+
+    def forget_name(self, rid: str) -> None:
+        """Let no search for the rid find an older record: a newer one is not in the arena."""
+        hashes = self.memory.hashes
+        hashes[hashes == rid_hash(rid)] = 0
 
     def _allocate(self, size: int, after: Reservation | None) -> tuple[int, int]:
         near = None if after is None else after.offset + after.plan.total_bytes
@@ -226,8 +233,10 @@ class RecordWriter:
         self.reclaim(limit=_RECLAIMED_AT_ONCE if self._maintained else None)
         self._take_back()
         left = _RECLAIMED_AT_ONCE if self._maintained else self.memory.description.slots
+        rounds = _ROUNDS_AT_ONCE if self._maintained else left
         # What comes free need not lie together: go on until one piece is large enough.
-        while left > 0 and (self._allocator.largest < size or not self._free_slots):
+        while left > 0 and rounds and (self._allocator.largest < size or not self._free_slots):
+            rounds -= 1
             evicted = self.evict_expired(until_bytes=size, limit=left)
             if not evicted:
                 break
@@ -253,15 +262,14 @@ class RecordWriter:
 
     def seal(self, record: Reservation, metadata: Metadata) -> None:
         """See ``Reservation.seal``."""
+        self._check_open(record)  # first: in a fork the lock may have no owner to release it
         try:
             self._write_down(record, metadata)
         except BaseException as error:
             self.fail(record, str(error) or type(error).__name__)
             raise
         with self._sealing:
-            if self._closed:
-                # Without its lease the slot may be read or punched out: its readers get WriterDied.
-                raise ShmRouteError(f"rid {record.rid!r}: its arena was closed before the seal")
+            self._check_open(record)
             self._sealing_counters.add("sealed")
             self._sealing_counters.add("rows_sealed", record.tokens)
             self._sealing_counters.add("rows_missing", metadata.missing_rows)
@@ -269,10 +277,13 @@ class RecordWriter:
             self.memory.words[record.slot] = record.generation
             self._leases.release(record.slot)
 
+    def _check_open(self, record: Reservation) -> None:
+        if self._closed:
+            # Without its lease the slot may be read or punched out: its readers get WriterDied.
+            raise ShmRouteError(f"rid {record.rid!r}: its arena was closed before the seal")
+
     def _write_down(self, record: Reservation, metadata: Metadata) -> None:
         """Everything that the even word stands for."""
-        if self._closed:
-            return
         blob = metadata.pack(record.tokens)
         if len(blob) > record.plan.metadata_capacity:
             raise ShmRouteError(
@@ -306,14 +317,20 @@ class RecordWriter:
 
     def fail(self, record: Reservation, reason: str) -> None:
         """See ``Reservation.fail``."""
-        slot = record.slot
-        offset = self.memory.description.slot_offset(slot)
-        with self._sealing:
-            if self._closed:
-                return  # the record ended with the arena: its readers get WriterDied
-            layout.write_failure(self.memory.data, offset, record.generation, reason)
-            self._sealing_counters.add("failed")
-            self._give_back(slot)
+        if not self._closed:  # in a fork of the writer the lock may have no owner
+            with self._sealing:
+                self._fail_alone(record, reason)
+
+    def _fail_alone(self, record: Reservation, reason: str) -> None:
+        if self._closed:
+            return  # the record ended with the arena: its readers get WriterDied
+        now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        offset = self.memory.description.slot_offset(record.slot)
+        layout.write_failure(
+            self.memory.data, offset, layout.Failure(record.generation, now, reason)
+        )
+        self._sealing_counters.add("failed")
+        self._give_back(record.slot)
 
     def close(self) -> None:
         """End every operation, wait for those under way, and drop the leases."""
@@ -394,6 +411,17 @@ class RecordWriter:
         return recycled
 
     def _recycle(self, slot: int, *, released: bool) -> bool:
+        # The writer's threads share one description, so its lock does not keep them apart:
+        # without this one a record between its even word and the end of its lease could be
+        # recycled, and its late unlock would hit the slot's next record. Never waited for.
+        if not self._sealing.acquire(blocking=False):
+            return False
+        try:
+            return self._recycle_alone(slot, released=released)
+        finally:
+            self._sealing.release()
+
+    def _recycle_alone(self, slot: int, *, released: bool) -> bool:
         generation = int(self.memory.words[slot])
         if generation == 0 or generation & 1 or not self._leases.try_acquire(slot):
             return False
@@ -415,9 +443,7 @@ class RecordWriter:
 
 
 def _check_request(rid: str, tokens: int, start: int, prompt_tokens: int) -> None:
-    if not rid or len(rid) > RID_BYTES_MAX:
-        raise ValueError(f"a rid has 1 to {RID_BYTES_MAX} characters, this one {len(rid)}")
-    rid.encode()  # a lone surrogate fits no ticket
+    _check_rid(rid)
     if not 0 <= prompt_tokens < layout.MAX_TOKENS:
         raise ValueError(f"prompt_tokens is {prompt_tokens}, not within [0, {layout.MAX_TOKENS})")
     if not 1 <= tokens < layout.MAX_TOKENS or not 0 <= start < layout.MAX_TOKENS:
@@ -425,3 +451,11 @@ def _check_request(rid: str, tokens: int, start: int, prompt_tokens: int) -> Non
             f"a record has 1 to {layout.MAX_TOKENS - 1} rows and starts within the same bound; "
             f"got tokens={tokens}, start={start}. For no rows at all use inline()"
         )
+
+
+def _check_rid(rid: str) -> None:
+    if not rid or len(rid) > RID_BYTES_MAX:
+        raise ValueError(f"a rid has 1 to {RID_BYTES_MAX} characters, this one {len(rid)}")
+    if looks_like_ticket(rid):
+        raise ValueError("a rid must not begin like a ticket: its reader would open another record")
+    rid.encode()  # a lone surrogate fits no ticket
