@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -39,7 +40,13 @@ import pybase64
 from demo_report import Delivery, Figures, closing, result_rows, table
 from demo_rollouts import Conversation, Finished, make_conversations, one_by_one, together
 from demo_steps import Steps
-from engine_process import EngineStartError, ServerProcess, inodes_in_use, shared_memory_files
+from engine_process import (
+    SGLANG_FILES,
+    EngineStartError,
+    ServerProcess,
+    inodes_in_use,
+    shared_memory_files,
+)
 from result_file import exit_code, write
 from trainer_process import TrainerError, TrainerProcess
 
@@ -234,13 +241,17 @@ class Demo:
         shmroute.reap(self.arena, force=True)
 
     def left_in_shm(self) -> list[str]:
-        """Files that were not there before the demo and that no other living process uses."""
+        """New files of the demo's arena or of SGLang's kinds that no other living process uses.
+
+        Whatever process made them: ``ServerProcess`` removes those that it has seen in use.
+        """
+        ours = re.compile(f"shmroute-\\d+-{self.arena}-|{SGLANG_FILES.pattern}")
         others = (p.pid for p in psutil.process_iter() if p.pid != os.getpid())
         in_use = set().union(*map(inodes_in_use, others))
         return [
             name
             for name, inode in shared_memory_files().items()
-            if inode not in self._before and inode not in in_use
+            if ours.match(name) and inode not in self._before and inode not in in_use
         ]
 
 

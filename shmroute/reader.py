@@ -343,6 +343,8 @@ class ShmRouteReader:
             )
 
     def __repr__(self) -> str:
+        if self._metadata is None:
+            return "<ShmRouteReader, not open>"
         layers, top_k = self.layout.row_shape
         where = "inline" if self.inline else "closed" if self._rows is None else "mapped"
         state = "complete" if self.complete else f"{self.missing_rows} rows missing"
