@@ -181,14 +181,13 @@ class SharedLeases:
         return taken
 
     def _drain(self) -> None:
-        # The loop catches what is queued between the last pop and the lock's release:
-        # whoever queued it found the lock taken and left it to us.
-        while self._dropped and self._lock.acquire(blocking=False):
-            try:
+        # Not ``acquire(blocking=False)``: an exception out of a signal handler could arrive
+        # between it and a ``try``, and the lock would stay taken for ever. Whoever holds the
+        # lock now, this very thread included, drains when done.
+        while self._dropped and not self._lock.locked():
+            with self._lock:
                 while self._dropped:
                     self._release(self._dropped.popleft())
-            finally:
-                self._lock.release()
 
     def _release(self, slot: int) -> None:
         if self._lost.get(slot):
