@@ -9,7 +9,7 @@ from __future__ import annotations
 
 _LABELS_KEPT = 1024
 # A record has room for several runs of weight versions, each with its label.
-LABEL_CHARACTERS = 128
+LABEL_CHARACTERS = 64
 
 
 class WeightEpochs:

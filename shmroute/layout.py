@@ -247,10 +247,10 @@ def plan_extent(routes: RouteLayout, rid_bytes: int, tokens: int) -> ExtentPlan:
     """Size a record's extent before its metadata is known.
 
     The room for metadata holds the rid, one bit a row (which rows are missing) and the
-    runs of weight versions; it stays under 2% of the rows of any record above 256 KB.
+    runs of weight versions; it stays under 2% of the rows of any record above 64 KB.
     """
     rows = tokens * routes.row_bytes
-    metadata = rid_bytes + 1024 + (tokens + 7) // 8 + min(rows // 128, 4096)
+    metadata = rid_bytes + 128 + (tokens + 7) // 8 + min(rows // 128, 4096)
     return ExtentPlan(rows, align(rows), align(rows) + align(metadata))
 
 

@@ -43,6 +43,11 @@ class Metadata:
         if any(not 0 <= run.first < max(tokens, 1) for run in self.versions):
             raise ValueError(f"weight runs {self.versions} begin outside [0, {tokens})")
 
+    def without_labels(self) -> Metadata:
+        """The same with every weight run named by its epoch, for a record with little room."""
+        runs = tuple(run._replace(label=f"epoch-{run.epoch}") for run in self.versions)
+        return dataclasses.replace(self, versions=runs)
+
     def pack(self, tokens: int = 0) -> bytes:
         """Encode; with ``tokens`` given, ranges may turn into a bitmap when that is smaller."""
         flat: Any = [bound for span in self.missing for bound in span]

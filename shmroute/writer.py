@@ -286,6 +286,8 @@ class RecordWriter:
         """Everything that the even word stands for."""
         blob = metadata.pack(record.tokens)
         if len(blob) > record.plan.metadata_capacity:
+            blob = metadata.without_labels().pack(record.tokens)
+        if len(blob) > record.plan.metadata_capacity:
             raise ShmRouteError(
                 f"the record of rid {record.rid!r} was failed: its metadata takes {len(blob)} "
                 f"bytes of {record.plan.metadata_capacity} "

@@ -175,9 +175,9 @@ def test_a_seal_that_raises_fails_the_record(arena, wrong):
 
 
 def test_metadata_that_outgrows_its_room_fails_the_record(arena):
-    record = arena.reserve("r", tokens=1)
+    record = arena.reserve("r", tokens=64)
     with pytest.raises(ShmRouteError, match=r"its metadata takes .* weight runs"):
-        record.seal(versions=[(0, 1, "x" * 4000)])
+        record.seal(versions=[(row, row, "x") for row in range(64)])
     assert list(arena.writer.in_flight()) == []
 
 
