@@ -39,10 +39,10 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
                 released += not routes.inline
         except (RouteGone, RouteFailed, WriterDied):
             continue  # nothing left to release
-        except ArenaNotFound:
+        except ArenaNotFound as error:
+            # A ticket's record is gone with its arena; a rid may only have been looked for wrongly.
             if not isinstance(parse_source(source), Ticket):
-                raise
-            continue  # the whole arena is gone, and the record with it
+                failures.append(error)
         except ShmRouteError as error:
             failures.append(error)
     if failures:
