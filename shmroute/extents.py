@@ -50,10 +50,7 @@ class ExtentAllocator:
             if index == len(self._by_size):
                 return None
             offset = self._by_size[index][1]
-        extent = self._size_at[offset]
-        self._remove(offset)
-        if extent > size:
-            self._insert(offset + size, extent - size)
+        self._cut(offset, size)
         self.free_bytes -= size
         return offset
 
@@ -74,6 +71,25 @@ class ExtentAllocator:
     def free_extents(self) -> list[tuple[int, int]]:
         """``(offset, size)`` of every free extent, by offset."""
         return sorted(self._size_at.items())
+
+    def _cut(self, offset: int, size: int) -> None:
+        """Take ``size`` bytes off the front of the free extent at ``offset``."""
+        extent = self._size_at.pop(offset)
+        by_size, end = self._by_size, offset + extent
+        index = bisect_left(by_size, (extent, offset))
+        if extent == size:
+            del by_size[index], self._start_of_end[end]
+            return
+        rest = (extent - size, offset + size)
+        self._size_at[offset + size] = extent - size
+        self._start_of_end[end] = offset + size
+        # Most often the rest keeps its place in the order (what is cut is the largest extent,
+        # and stays so): then nothing behind it moves.
+        if index == 0 or by_size[index - 1] < rest:
+            by_size[index] = rest
+        else:
+            del by_size[index]
+            insort(by_size, rest, hi=index)
 
     def _insert(self, offset: int, size: int) -> None:
         insort(self._by_size, (size, offset))

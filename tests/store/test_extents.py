@@ -66,6 +66,11 @@ class Allocations(RuleBasedStateMachine):
         ends = {offset + size for offset, size in free}
         assert not ends & {offset for offset, _ in free}
 
+    @invariant()
+    def the_order_by_size_is_kept(self) -> None:
+        free = [(size, offset) for offset, size in self.allocator.free_extents()]
+        assert self.allocator._by_size == sorted(free)
+
     def teardown(self) -> None:
         for offset, size in self.taken.items():
             self.allocator.free(offset, size)
