@@ -51,12 +51,19 @@ _FLOCK = struct.Struct("hhqqi4x")
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
 
+def _request(kind: int, start: int, length: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+
+
 def lock_range(fd: int, kind: int, start: int, length: int) -> bool:
     """Lock or unlock bytes of an open file description; False when somebody else has them.
 
     ``kind`` is ``fcntl.F_RDLCK``, ``F_WRLCK`` or ``F_UNLCK``. Never blocks.
     """
-    request = _FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+    return _set_lock(fd, _request(kind, start, length))
+
+
+def _set_lock(fd: int, request: bytes) -> bool:
     while True:
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
@@ -73,9 +80,17 @@ def lock_range(fd: int, kind: int, start: int, length: int) -> bool:
 
 def is_locked(fd: int, kind: int, start: int, length: int) -> bool:
     """Whether a lock of ``kind`` would collide with another description's (takes none)."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _request(kind, start, length))
     locked: bool = _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK
     return locked
+
+
+def _requests(kind: int) -> tuple[bytes, ...]:
+    """The request for each slot of a file, packed once: a fifth of what a lease costs."""
+    return tuple(_request(kind, byte, 1) for byte in range(SLOTS_PER_FILE))
+
+
+_EXCLUSIVE, _UNLOCK = _requests(fcntl.F_WRLCK), _requests(fcntl.F_UNLCK)
 
 
 def open_lease_file(name: str, *, writable: bool) -> int:
@@ -108,11 +123,11 @@ class ExclusiveLeases:
         fd = self._fds.get(index)
         if fd is None:
             fd = self._fds[index] = open_lease_file(self._file_name(index), writable=True)
-        return lock_range(fd, fcntl.F_WRLCK, byte, 1)
+        return _set_lock(fd, _EXCLUSIVE[byte])
 
     def release(self, slot: int) -> None:
         index, byte = divmod(slot, SLOTS_PER_FILE)
-        lock_range(self._fds[index], fcntl.F_UNLCK, byte, 1)
+        _set_lock(self._fds[index], _UNLOCK[byte])
 
     def close(self) -> None:
         """Close every descriptor; the kernel drops the leases unless a parent shares them."""
