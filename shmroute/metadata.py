@@ -7,7 +7,6 @@ flattened, or a bit a row, whichever is smaller; ``versions`` are runs
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ class WeightRun(NamedTuple):
     label: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Metadata:
+class Metadata(NamedTuple):
     """The variable part of a record. ``missing`` holds disjoint ascending row ranges."""
 
     rid: str
@@ -34,19 +32,20 @@ class Metadata:
 
     @property
     def missing_rows(self) -> int:
-        return sum(end - first for first, end in self.missing)
+        return sum([end - first for first, end in self.missing])
 
     def check(self, tokens: int) -> None:
         """Raise ValueError unless a record of ``tokens`` rows can say this of itself."""
         if self.missing and not 0 <= self.missing[0][0] < self.missing[-1][1] <= tokens:
             raise ValueError(f"missing rows {self.missing} lie outside [0, {tokens})")
-        if any(not 0 <= run.first < max(tokens, 1) for run in self.versions):
-            raise ValueError(f"weight runs {self.versions} begin outside [0, {tokens})")
+        for first, _epoch, _label in self.versions:
+            if not 0 <= first < max(tokens, 1):
+                raise ValueError(f"weight runs {self.versions} begin outside [0, {tokens})")
 
     def without_labels(self) -> Metadata:
         """The same with every weight run named by its epoch, for a record with little room."""
         runs = tuple(run._replace(label=f"epoch-{run.epoch}") for run in self.versions)
-        return dataclasses.replace(self, versions=runs)
+        return self._replace(versions=runs)
 
     def pack(self, tokens: int = 0) -> bytes:
         """Encode; with ``tokens`` given, ranges may turn into a bitmap when that is smaller."""
@@ -56,7 +55,7 @@ class Metadata:
             for first, end in self.missing:
                 bits[first:end] = 1
             flat = np.packbits(bits).tobytes()
-        packed: bytes = msgpack.packb([self.rid, flat, [list(run) for run in self.versions]])
+        packed: bytes = msgpack.packb((self.rid, flat, self.versions))
         return packed
 
     @classmethod
@@ -130,4 +129,6 @@ def merge_ranges(spans: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...
 
 def as_runs(versions: Iterable[WeightRun | tuple[int, int, str]]) -> tuple[WeightRun, ...]:
     """Weight runs out of plain tuples."""
-    return tuple(WeightRun(int(first), int(epoch), str(label)) for first, epoch, label in versions)
+    return tuple(
+        [WeightRun(int(first), int(epoch), str(label)) for first, epoch, label in versions]
+    )

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from . import layout
 from .errors import ShmRouteError
 from .metadata import Metadata, WeightRun, as_runs, merge_ranges
-from .ticket import Ticket
 
 if TYPE_CHECKING:
     from .writer import RecordWriter
@@ -35,6 +34,20 @@ class Reservation:
     open
         Neither sealed nor failed yet.
     """
+
+    __slots__ = (
+        "_writer",
+        "complete",
+        "generation",
+        "offset",
+        "open",
+        "plan",
+        "prompt_tokens",
+        "rid",
+        "slot",
+        "start",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -68,21 +81,9 @@ class Reservation:
 
     @property
     def ticket(self) -> bytes:
-        description = self._writer.memory.description
-        return Ticket(
-            boot_id=description.writer.boot_id,
-            host=description.writer.host,
-            segment=self._writer.memory.segment,
-            slot=self.slot,
-            generation=self.generation,
-            rid=self.rid,
-            start=self.start,
-            tokens=self.tokens,
-            layers=description.routes.row_shape[0],
-            top_k=description.routes.top_k,
-            dtype=description.routes.dtype_name,
-            complete=self.complete,
-        ).encode()
+        return self._writer.tickets.encode(
+            self.slot, self.generation, self.rid, self.start, self.tokens, self.complete
+        )
 
     def seal(
         self,

@@ -36,6 +36,9 @@ _TEXT_PREFIX = base64.b64encode(b"\x95\xa4shmr").decode()
 _HOST_BYTES = 27
 _SEGMENT_NAME_MAX = 128  # more than any segment's name has
 RID_BYTES_MAX = 4096
+_FIELDS_OF_A_RECORD = 6
+_PACKED_COMPLETE = {complete: msgpack.packb(complete) for complete in (None, False, True)}
+_NO_PAD, _PAD = msgpack.packb(b""), msgpack.packb(b"\0")
 _DTYPES = {"uint8": 1, "uint16": 2}
 _DTYPE_NAMES = {number: dtype for dtype, number in _DTYPES.items()}
 
@@ -59,24 +62,60 @@ class Ticket:
 
     def encode(self) -> bytes:
         """The envelope: at most 256 bytes for a rid of up to 64."""
-        return _envelope(
-            _TICKET,
-            [
-                bytes.fromhex(self.boot_id.replace("-", "")),
-                self.host.encode()[:_HOST_BYTES],
-                self.segment.base,
-                self.segment.arena_id,
-                self.slot,
-                self.generation,
-                self.rid,
-                self.start,
-                self.tokens,
-                self.layers,
-                self.top_k,
-                _DTYPES[self.dtype],
-                self.complete,
-            ],
+        arena = _tickets_of(
+            self.boot_id, self.host, self.segment, self.layers, self.top_k, self.dtype
         )
+        return arena.encode(
+            self.slot, self.generation, self.rid, self.start, self.tokens, self.complete
+        )
+
+
+class ArenaTickets:
+    """Makes the tickets of one arena: what all of them say is packed once.
+
+    An engine's scheduler thread makes a ticket for each request, and two thirds of its fields
+    are the arena's. msgpack puts a list's length before its items and nothing behind them, so
+    the packed pieces only need to follow each other.
+    """
+
+    def __init__(
+        self, boot_id: str, host: str, segment: SegmentName, layers: int, top_k: int, dtype: str
+    ) -> None:
+        pack = msgpack.Packer()
+        before = [
+            bytes.fromhex(boot_id.replace("-", "")),
+            host.encode()[:_HOST_BYTES],
+            segment.base,
+            segment.arena_id,
+        ]
+        behind = [layers, top_k, _DTYPES[dtype]]
+        fields = len(before) + _FIELDS_OF_A_RECORD + len(behind)
+        self._before = b"".join(
+            [
+                pack.pack_array_header(5),
+                *map(pack.pack, [_MAGIC, _VERSION, _TICKET]),
+                pack.pack_array_header(fields),
+                *map(pack.pack, before),
+            ]
+        )
+        self._behind = b"".join(map(pack.pack, behind))
+
+    def encode(
+        self,
+        slot: int,
+        generation: int,
+        rid: str,
+        start: int,
+        tokens: int,
+        complete: bool | None,
+    ) -> bytes:
+        """The envelope of one record's ticket."""
+        # Without the first byte, which says that it is a list of five.
+        record: bytes = msgpack.packb((slot, generation, rid, start, tokens))[1:]
+        envelope = self._before + record + self._behind + _PACKED_COMPLETE[complete] + _NO_PAD
+        if len(envelope) % 4 == 0:
+            return envelope[: -len(_NO_PAD)] + _PAD
+        return envelope
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -227,6 +266,14 @@ def _decode_inline(body: Any) -> InlineRecord:
         metadata=Metadata.unpack(_typed(metadata, bytes, "metadata"), tokens),
         rows=np.frombuffer(rows, dtype=routes.dtype).reshape(tokens, *routes.row_shape),
     )
+
+
+@lru_cache(maxsize=64)
+def _tickets_of(
+    boot_id: str, host: str, segment: SegmentName, layers: int, top_k: int, dtype: str
+) -> ArenaTickets:
+    """``ArenaTickets`` for the few arenas that a reader encodes tickets of."""
+    return ArenaTickets(boot_id, host, segment, layers, top_k, dtype)
 
 
 @lru_cache(maxsize=64)

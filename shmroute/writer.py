@@ -27,10 +27,16 @@ Races, and where they are closed
       handed out), or the word is even and everything it covers was written before it.
 
 Threads
-    One side reserves (serialised by ``_reserving``, which nothing else takes, so that an
-    engine's scheduler thread never waits), any thread seals or fails, any thread reclaims
-    (who finds ``_reclaiming`` taken leaves it to the other). Freed slots and extents go back to
-    the reserving side through a queue, since the allocator is its own.
+    One side reserves and forgets names (serialised by ``_reserving``, which nothing else takes,
+    so that an engine's scheduler thread never waits), any thread seals or fails, any thread
+    reclaims (who finds ``_reclaiming`` taken leaves it to the other). Freed slots and extents go
+    back to the reserving side through a queue, since the allocator is its own; it takes a few
+    from there at a time, and all that it needs when it has no room.
+
+Cost
+    ``reserve`` and ``.ticket`` run on an engine's scheduler thread, and what runs on another
+    thread takes the interpreter from it. So nothing here scans a table for each record (names
+    are found in a dict), and what depends on the arena alone is worked out once.
 """
 
 from __future__ import annotations
@@ -53,10 +59,13 @@ from .leases import ExclusiveLeases
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun, as_runs, merge_ranges
 from .reservation import Reservation
-from .ticket import RID_BYTES_MAX, InlineRecord, looks_like_ticket
+from .ticket import RID_BYTES_MAX, ArenaTickets, InlineRecord, looks_like_ticket
 
 # A free slot can be busy for an instant while a late reader looks at it.
 _BUSY_SLOTS_TRIED = 64
+# Freed pieces that one ``reserve`` puts back into the allocator, at 1 us each: a trainer may
+# release thousands at once, and no single request should pay for all of them.
+_TAKEN_BACK_AT_ONCE = 8
 # Where somebody calls ``maintain``, reclaiming on the reserving side is bounded.
 _RECLAIMED_AT_ONCE = 64
 # A record under a lease is no gain, but trying it costs 3 to 6 us, too.
@@ -104,16 +113,34 @@ class RecordWriter:
         self._keep_versions = keep_versions
         self._checksum = checksum
         self._maintained = maintained
-        slots = memory.description.slots
+        slots, routes = memory.description.slots, memory.description.routes
+        self.tickets = ArenaTickets(
+            memory.description.writer.boot_id,
+            memory.description.writer.host,
+            memory.segment,
+            routes.row_shape[0],
+            routes.top_k,
+            routes.dtype_name,
+        )
+        self._routes = routes
+        self._slots = slots
+        # Element by element these cost half of what the arrays do, and give plain numbers.
+        self._words = memory.words.data
+        self._hashes = memory.hashes.data
+        self._acknowledgements = memory.acknowledgements.data
+        # rid hash -> the one slot that has it in ``memory.hashes``, which nobody else writes.
+        self._slot_named: dict[int, int] = {}
         self._allocator = ExtentAllocator(memory.description.heap_bytes)
         # First in, first out: a slot remembers its last failure until it fails again.
         self._free_slots = deque(range(slots))
         self._next_generation = 2
         # Private to the writer: what reclaiming needs to know of sealed records.
-        self._extent_of = np.zeros((slots, 2), dtype=np.int64)
+        self._extent_of = [(0, 0)] * slots
         self._sealed_at = np.zeros(slots, dtype=np.float64)
         self._epoch_of = np.zeros(slots, dtype=np.int64)
         self._freed: deque[tuple[int, int, int]] = deque()
+        # What is in ``_freed`` is their difference: each has one side that writes it.
+        self._bytes_given_back = self._bytes_taken_back = 0
         self._closed = False
         self._swept = 0
         self._reserving = threading.Lock()
@@ -150,18 +177,20 @@ class RecordWriter:
         ValueError
             A size that no record can have.
         """
-        _check_request(rid, tokens, start, prompt_tokens)
-        plan = layout.plan_extent(self.memory.description.routes, len(rid.encode()), tokens)
+        rid_bytes = _check_request(rid, tokens, start, prompt_tokens)
+        plan = layout.plan_extent(self._routes, rid_bytes, tokens)
+        name = int(rid_hash(rid))
         with self._reserving:
             if self._closed:
                 raise ShmRouteError("the arena is closed in this process")
-            self._take_back()
+            if self._freed:
+                self._take_back(_TAKEN_BACK_AT_ONCE)
             slot, offset = self._allocate(plan.total_bytes, after)
             generation = self._next_generation
             self._next_generation += 2
             self._extent_of[slot] = offset, plan.total_bytes
-            self._take_name(slot, rid)
-            self.memory.words[slot] = generation + 1  # odd: from here on readers wait
+            self._take_name(slot, name)
+            self._words[slot] = generation + 1  # odd: from here on readers wait
             self.counters.add("reserved")
             self._publish_usage()
         return Reservation(self, slot, generation, rid, start, tokens, prompt_tokens, plan, offset)
@@ -180,28 +209,37 @@ class RecordWriter:
         _check_rid(rid)
         self.forget_name(rid)
         metadata = Metadata(rid, merge_ranges(missing), as_runs(versions))
-        routes = self.memory.description.routes
-        return InlineRecord(rid, start, prompt_tokens, routes, metadata, rows).encode()
+        return InlineRecord(rid, start, prompt_tokens, self._routes, metadata, rows).encode()
 
-    def _take_name(self, slot: int, rid: str) -> None:
+    def _take_name(self, slot: int, name: int) -> None:
         """Make the slot the only one that a search for the rid finds; tickets need no name.
 
         An older record of this rid must not come up again when this one has been released.
         """
-        self.forget_name(rid)
-        self.memory.hashes[slot] = rid_hash(rid)
+        self._forget(name)
+        self._slot_named.pop(self._hashes[slot], None)  # the name of its last record
+        self._slot_named[name] = slot
+        self._hashes[slot] = name
 
     def forget_name(self, rid: str) -> None:
         """Let no search for the rid find an older record: a newer one is not in the arena."""
-        hashes = self.memory.hashes
-        hashes[hashes == rid_hash(rid)] = 0
+        if self._closed:
+            return  # the table is no longer this process's, and in a fork the lock has no owner
+        with self._reserving:
+            if not self._closed:
+                self._forget(int(rid_hash(rid)))
+
+    def _forget(self, name: int) -> None:
+        slot = self._slot_named.get(name)
+        if slot is not None:
+            self._hashes[slot] = 0
+            del self._slot_named[name]
 
     def _allocate(self, size: int, after: Reservation | None) -> tuple[int, int]:
         near = None if after is None else after.offset + after.plan.total_bytes
-        offset = self._allocator.allocate(size, near)
-        if offset is None or not self._free_slots:
+        if not self._has_room(size):
             self._make_room(size)
-            offset = self._allocator.allocate(size, near) if offset is None else offset
+        offset = self._allocator.allocate(size, near)
         if offset is None:
             raise ArenaFull(self._full(f"{size} contiguous bytes"))
         slot = None
@@ -216,37 +254,56 @@ class RecordWriter:
 
     def _free_slot(self) -> int | None:
         """A free slot under its exclusive lease; one that a late reader looks at is skipped."""
-        for _ in range(min(_BUSY_SLOTS_TRIED, len(self._free_slots))):
+        tries = min(_BUSY_SLOTS_TRIED, len(self._free_slots) + len(self._freed))
+        while tries and self._free_slots:
+            tries -= 1
             slot = self._free_slots[0]
             if self._leases.try_acquire(slot):
                 return self._free_slots.popleft()
+            self._take_back(1)  # else the busy ones would be tried again and those not seen
             self._free_slots.rotate(-1)
         return None
 
-    def _take_back(self) -> None:
-        while self._freed:
+    def _has_room(self, size: int) -> bool:
+        return self._allocator.largest >= size and bool(self._free_slots)
+
+    def _take_back(self, limit: int | None = None) -> None:
+        waiting = len(self._freed)
+        for _ in range(waiting if limit is None else min(limit, waiting)):
             slot, offset, size = self._freed.popleft()
             self._allocator.free(offset, size)
             self._free_slots.append(slot)
+            self._bytes_taken_back += size
+
+    def _take_back_for(self, size: int) -> None:
+        while self._freed and not self._has_room(size):
+            self._take_back(_TAKEN_BACK_AT_ONCE)
+
+    def _free_bytes(self) -> int:
+        """Free bytes of the heap, those that still wait in the queue included."""
+        return self._allocator.free_bytes + self._bytes_given_back - self._bytes_taken_back
 
     def _make_room(self, size: int) -> None:
+        self._take_back_for(size)
+        if self._has_room(size):
+            return
         self.reclaim(limit=_RECLAIMED_AT_ONCE if self._maintained else None)
-        self._take_back()
-        left = _RECLAIMED_AT_ONCE if self._maintained else self.memory.description.slots
+        self._take_back_for(size)
+        left = _RECLAIMED_AT_ONCE if self._maintained else self._slots
         rounds = _ROUNDS_AT_ONCE if self._maintained else left
         # What comes free need not lie together: go on until one piece is large enough.
-        while left > 0 and rounds and (self._allocator.largest < size or not self._free_slots):
+        while left > 0 and rounds and not self._has_room(size):
             rounds -= 1
             evicted = self.evict_expired(until_bytes=size, limit=left)
             if not evicted:
                 break
             left -= evicted
-            self._take_back()
+            self._take_back_for(size)
 
     def _publish_usage(self) -> None:
-        allocator = self._allocator
-        self.counters.set("heap_bytes_in_use", allocator.total - allocator.free_bytes)
-        self.counters.set("slots_in_use", self.memory.description.slots - len(self._free_slots))
+        free_slots = len(self._free_slots) + len(self._freed)
+        self.counters.set("heap_bytes_in_use", self._allocator.total - self._free_bytes())
+        self.counters.set("slots_in_use", self._slots - free_slots)
 
     def _full(self, what: str) -> str:
         allocator, description = self._allocator, self.memory.description
@@ -272,9 +329,10 @@ class RecordWriter:
             self._check_open(record)
             self._sealing_counters.add("sealed")
             self._sealing_counters.add("rows_sealed", record.tokens)
-            self._sealing_counters.add("rows_missing", metadata.missing_rows)
-            self._sealing_counters.add("incomplete", not record.complete)
-            self.memory.words[record.slot] = record.generation
+            if not record.complete:
+                self._sealing_counters.add("rows_missing", metadata.missing_rows)
+                self._sealing_counters.add("incomplete")
+            self._words[record.slot] = record.generation
             self._leases.release(record.slot)
 
     def _check_open(self, record: Reservation) -> None:
@@ -294,6 +352,7 @@ class RecordWriter:
                 f"({len(metadata.missing)} missing ranges, {len(metadata.versions)} weight runs)"
             )
         at = record.offset + record.plan.metadata_offset
+        missing_rows = metadata.missing_rows
         self.memory.heap[at : at + len(blob)] = blob
         row = layout.SlotRow(
             generation=record.generation,
@@ -304,18 +363,17 @@ class RecordWriter:
             tokens=record.tokens,
             start=record.start,
             prompt_tokens=record.prompt_tokens,
-            missing_rows=metadata.missing_rows,
+            missing_rows=missing_rows,
             metadata_bytes=len(blob),
             flags=layout.FLAG_CHECKSUM if self._checksum else 0,
             checksum=zlib.crc32(record.rows.data) if self._checksum else 0,
         )
         slot = record.slot
-        layout.write_record(self.memory.data, self.memory.description.slot_offset(slot), row)
+        layout.write_record(self.memory.data, self.memory.slot_offset(slot), row)
         self._sealed_at[slot] = time.monotonic()
-        self._epoch_of[slot] = max(
-            (run.epoch for run in metadata.versions), default=self.weight_epoch
-        )
-        record.complete = metadata.missing_rows == 0
+        epochs = [epoch for _first, epoch, _label in metadata.versions]
+        self._epoch_of[slot] = max(epochs) if epochs else self.weight_epoch
+        record.complete = missing_rows == 0
 
     def fail(self, record: Reservation, reason: str) -> None:
         """See ``Reservation.fail``."""
@@ -327,7 +385,7 @@ class RecordWriter:
         if self._closed:
             return  # the record ended with the arena: its readers get WriterDied
         now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        offset = self.memory.description.slot_offset(record.slot)
+        offset = self.memory.slot_offset(record.slot)
         layout.write_failure(
             self.memory.data, offset, layout.Failure(record.generation, now, reason)
         )
@@ -347,9 +405,10 @@ class RecordWriter:
     def _give_back(self, slot: int) -> None:
         """Store 0 under the exclusive lease, drop it, queue slot and extent as free."""
         offset, size = self._extent_of[slot]
-        self.memory.words[slot] = 0
+        self._words[slot] = 0
         self._leases.release(slot)
-        self._freed.append((slot, int(offset), int(size)))
+        self._bytes_given_back += size  # under ``_sealing``, as this whole method
+        self._freed.append((slot, offset, size))
 
     # -- reclaim -------------------------------------------------------------------------------
 
@@ -387,8 +446,9 @@ class RecordWriter:
         """What the sealing side does between records, so that reserving finds room."""
         self.reclaim()
         allocator = self._allocator
-        scarce = allocator.free_bytes * _PRESSURE < allocator.total
-        if scarce or len(self._free_slots) * _PRESSURE < self.memory.description.slots:
+        scarce = self._free_bytes() * _PRESSURE < allocator.total
+        free_slots = len(self._free_slots) + len(self._freed)
+        if scarce or free_slots * _PRESSURE < self._slots:
             self.evict_expired(until_bytes=allocator.total // _PRESSURE)
 
     def _recycle_all(
@@ -398,13 +458,13 @@ class RecordWriter:
             return 0
         recycled = freed = 0
         try:
-            for slot in map(int, slots):
+            for slot in slots.tolist():
                 if self._closed or recycled == limit:
                     break
                 if not self._recycle(slot, released=kind == "released"):
                     continue
                 recycled += 1
-                freed += int(self._extent_of[slot, 1])
+                freed += self._extent_of[slot][1]
                 if enough and freed >= enough:
                     break
             self._reclaiming_counters.add(kind, recycled)
@@ -424,13 +484,13 @@ class RecordWriter:
             self._sealing.release()
 
     def _recycle_alone(self, slot: int, *, released: bool) -> bool:
-        generation = int(self.memory.words[slot])
+        generation = self._words[slot]
         if generation == 0 or generation & 1 or not self._leases.try_acquire(slot):
             return False
         # Under the exclusive lease nobody reads or releases: what is true now stays true. The
         # caller's scan may be of an earlier record in this slot.
         if released:
-            wanted = int(self.memory.acknowledgements[slot]) != int(self.memory.words[slot])
+            wanted = self._acknowledgements[slot] != self._words[slot]
         else:
             wanted = not self._expired(slot)
         if wanted:
@@ -444,8 +504,9 @@ class RecordWriter:
         return map(int, np.flatnonzero(self.memory.words & 1))
 
 
-def _check_request(rid: str, tokens: int, start: int, prompt_tokens: int) -> None:
-    _check_rid(rid)
+def _check_request(rid: str, tokens: int, start: int, prompt_tokens: int) -> int:
+    """Raise ValueError unless a record can be like this; returns the bytes of its rid."""
+    rid_bytes = _check_rid(rid)
     if not 0 <= prompt_tokens < layout.MAX_TOKENS:
         raise ValueError(f"prompt_tokens is {prompt_tokens}, not within [0, {layout.MAX_TOKENS})")
     if not 1 <= tokens < layout.MAX_TOKENS or not 0 <= start < layout.MAX_TOKENS:
@@ -453,11 +514,12 @@ def _check_request(rid: str, tokens: int, start: int, prompt_tokens: int) -> Non
             f"a record has 1 to {layout.MAX_TOKENS - 1} rows and starts within the same bound; "
             f"got tokens={tokens}, start={start}. For no rows at all use inline()"
         )
+    return rid_bytes
 
 
-def _check_rid(rid: str) -> None:
+def _check_rid(rid: str) -> int:
     if not rid or len(rid) > RID_BYTES_MAX:
         raise ValueError(f"a rid has 1 to {RID_BYTES_MAX} characters, this one {len(rid)}")
     if looks_like_ticket(rid):
         raise ValueError("a rid must not begin like a ticket: its reader would open another record")
-    rid.encode()  # a lone surrogate fits no ticket
+    return len(rid.encode())  # a lone surrogate fits no ticket

@@ -18,6 +18,7 @@ from shmroute import (
     release,
 )
 from shmroute.counters import read_counters
+from shmroute.leases import SharedLeases
 
 TOKENS = 5000  # of LAYOUT: 160 kB, so that a 2 MiB arena holds twelve
 
@@ -362,3 +363,54 @@ def test_several_failures_in_a_row_are_each_route_failed(arena):
 def test_a_failed_record_s_space_is_used_again(arena):
     for index in range(100):
         arena.reserve(f"rid-{index}", tokens=TOKENS).fail("no")
+
+
+# -- what is free and not taken back yet -------------------------------------------------------
+
+
+@pytest.fixture
+def freed(make_arena):
+    """An arena of 64 slots, all of them freed at once since its last reserve."""
+    arena = make_arena(slots=64, retention=0.0)
+    release([add(arena, f"rid-{index}", tokens=500).ticket for index in range(64)])
+    assert arena.writer.reclaim() == 64
+    return arena
+
+
+def test_one_reserve_takes_back_a_few_freed_records_only(freed):
+    freed.reserve("r", tokens=1)
+    assert len(freed.writer._freed) == 64 - 8
+
+
+def test_a_reserve_takes_back_all_that_it_needs(freed):
+    size = freed.writer._allocator.total
+    rows = size // freed.memory.description.routes.row_bytes
+    assert freed.reserve("large", tokens=rows * 9 // 10)
+
+
+def test_what_is_not_taken_back_yet_counts_as_free(freed):
+    record = freed.reserve("r", tokens=1)
+    counted = read_counters(freed.memory.counters)
+    assert counted["slots_in_use"] == 1
+    assert counted["heap_bytes_in_use"] == record.plan.total_bytes
+
+
+def test_maintain_evicts_nothing_for_space_that_only_waits_to_be_taken_back(make_arena):
+    arena = make_arena(retention=0.0)
+    tickets = [add(arena, f"rid-{index}", TOKENS).ticket for index in range(12)]
+    release(tickets[:6])
+    arena.writer.maintain()
+    assert read_counters(arena.memory.counters)["evicted"] == 0
+    for ticket in tickets[6:]:
+        with ShmRouteReader(ticket) as routes:
+            assert is_intact(routes)
+
+
+def test_slots_that_late_readers_look_at_do_not_hide_those_behind_them(freed):
+    looking = SharedLeases(freed.segment.lease_file)
+    busy = [slot for slot, _, _ in list(freed.writer._freed)[:20]]
+    for slot in busy:
+        assert looking.try_acquire(slot)
+    assert freed.reserve("r", tokens=1).slot not in busy
+    for slot in busy:
+        looking.drop(slot)

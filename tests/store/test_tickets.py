@@ -23,7 +23,7 @@ from shmroute import (
 )
 from shmroute.layout import MAX_SLOTS, MAX_TOKENS
 from shmroute.segments import SegmentName, boot_id
-from shmroute.ticket import Ticket, decode, failed_ticket
+from shmroute.ticket import ArenaTickets, Ticket, decode, failed_ticket
 
 # The largest value of every field, beside a rid of 64 bytes.
 LARGEST = Ticket(
@@ -51,6 +51,27 @@ def test_the_largest_ticket_of_a_64_byte_rid_has_at_most_256_bytes():
 
 def test_a_ticket_survives_its_own_encoding():
     assert decode(LARGEST.encode()) == dataclasses.replace(LARGEST, host="h" * 27)
+
+
+@given(
+    slot=st.integers(0, MAX_SLOTS - 1),
+    generation=st.integers(2, (1 << 64) - 2),
+    rid=st.text(st.characters(codec="utf-8"), max_size=300),
+    start=st.integers(0, MAX_TOKENS),
+    tokens=st.integers(1, MAX_TOKENS),
+    complete=st.sampled_from([None, True, False]),
+)
+def test_tickets_of_an_arena_are_what_msgpack_makes_of_all_their_fields(
+    slot, generation, rid, start, tokens, complete
+):
+    segment = SegmentName(1000, "rollouts", b"\1" * 8)
+    arena = ArenaTickets(boot_id(), "host", segment, 48, 8, "uint8")
+    boot = bytes.fromhex(boot_id().replace("-", ""))
+    record = [slot, generation, rid, start, tokens, 48, 8, 1, complete]
+    body = [boot, b"host", segment.base, segment.arena_id, *record]
+    whole = [msgpack.packb(["shmr", 1, 0, body, pad]) for pad in (b"", b"\0")]
+    envelope = arena.encode(slot, generation, rid, start, tokens, complete)
+    assert envelope == whole[len(whole[0]) % 4 == 0]
 
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=80))
