@@ -1,0 +1,3 @@
+"""Names that SGLang imports."""
+
+HTML = display = None
