@@ -12,9 +12,11 @@ and an arena.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.state_capturer.base import BaseDeviceCache
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
@@ -24,12 +26,15 @@ from shmroute.counters import SHADOW, Counters
 
 from .epochs import WeightEpochs
 from .errors import StartRefused
+from .finished import Gatherer
+from .gather_host import HostGatherer
 from .layers import route_layout
 from .publisher import Publisher
 from .settings import Settings
 from .shadow import Shadow
-from .table import RouteTable
+from .table import RouteTable, place_table
 from .tags import FOREIGN_TOKEN, POSITION_MAX
+from .versions import data_parallel_ranks, fused_shared_experts, kv_locations
 
 logger = logging.getLogger("shmroute")
 
@@ -53,7 +58,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         max_running_requests: int,
         device: str,
     ) -> None:
-        fused = model.shared_experts_config.num_fused_shared_experts
+        fused = fused_shared_experts(model)
         text = model_config.hf_text_config
         self.publisher: Publisher | None = None
         self.epochs = WeightEpochs(get_serving().weight_version)
@@ -72,7 +77,9 @@ class ArenaCapturer(RoutedExpertsCapturer):
             name="routed_experts",
         )
         self.device_cache.buffer.fill_(-1)
-        self._entry: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        # Ranks of DP attention capture each other's tokens, too.
+        self._shared_buffer = is_dp_attention_enabled()
+        self._entry: _Entry | None = None
         self._num_tokens = num_tokens
         if _is_owner():
             self._own(settings, model, model_config, device)
@@ -86,12 +93,12 @@ class ArenaCapturer(RoutedExpertsCapturer):
             config=model_config.hf_text_config,
             device=device,
         )
-        if settings.table == "gpu":
-            raise StartRefused("--shmroute-table gpu: this engine runs on a CPU; leave it at auto")
         if model_config.context_len > POSITION_MAX:
             raise StartRefused(
                 f"a context of {model_config.context_len} tokens: tags tell {POSITION_MAX} apart"
             )
+        vocabulary = min(int(model_config.vocab_size), FOREIGN_TOKEN)
+        self.table = place_table(settings.table, routes, self._num_tokens, device, vocabulary)
         arena = Arena.create(
             settings.arena,
             routes,
@@ -102,31 +109,31 @@ class ArenaCapturer(RoutedExpertsCapturer):
             checksum=settings.checksum,
             maintained=True,
         )
-        counters = Counters(arena.memory.counters, SHADOW)
-        vocabulary = min(int(model_config.vocab_size), FOREIGN_TOKEN)
         publisher = Publisher(
             arena,
             self.epochs,
+            make_gatherer(self.table, arena),
             vocabulary=vocabulary,
             inline_when_full=settings.on_full == "inline",
-            shadow=Shadow(routes, counters) if settings.shadow else None,
-        )
-        self.table = RouteTable(
-            routes, self._num_tokens, device, vocabulary=vocabulary, fence=publisher.fence
+            shadow=(
+                Shadow(routes, Counters(arena.memory.counters, SHADOW)) if settings.shadow else None
+            ),
         )
         publisher.counters.set("table_bytes", self.table.nbytes)
-        publisher.start(self.table)
+        publisher.counters.set("table_device_bytes", self.table.device_bytes)
+        publisher.start()
         self.publisher = publisher
         logger.warning(
-            "shmroute: arena %s (%s): %.2f GiB, %d slots; route table of %d KV tokens on %s: "
-            "%.1f MiB; %d MoE layers, top-%d of %d experts, %s%s",
+            "shmroute: arena %s (%s): %.2f GiB, %d slots; route table of %d KV tokens: "
+            "%.1f MiB, of these %.1f MiB on %s; %d MoE layers, top-%d of %d experts, %s%s",
             settings.arena,
             arena.segment.data,
             settings.capacity / 2**30,
             settings.slots,
             self._num_tokens,
-            device,
             self.table.nbytes / 2**20,
+            self.table.device_bytes / 2**20,
+            device,
             *routes.row_shape,
             routes.num_experts,
             routes.dtype.name,
@@ -144,13 +151,12 @@ class ArenaCapturer(RoutedExpertsCapturer):
         self._entry = None
         if self.publisher is None:
             return
-        locations = forward_batch.out_cache_loc_virtual
-        if locations is None:
-            locations = forward_batch.out_cache_loc
         tokens = forward_batch.input_ids
         if forward_batch.contains_mm_inputs():
             tokens = tokens.clone()
-        self._entry = tokens, forward_batch.positions, locations
+        number = self.publisher.gatherer.forward_begins()
+        locations = kv_locations(forward_batch)
+        self._entry = _Entry(number, tokens, forward_batch.positions, locations)
 
     def on_forward_end(
         self,
@@ -159,33 +165,39 @@ class ArenaCapturer(RoutedExpertsCapturer):
         cuda_graph_batch: int | None,
         no_copy_to_cpu: bool = False,
     ) -> Any:
-        """Scatter the captured routes into the table; in shadow mode, SGLang's way as well."""
+        """Scatter the captured routes into the table; in shadow mode, SGLang's way as well.
+
+        What is returned rides with the batch's result through SGLang's overlap.
+        """
         native = None
         if self.shadow:
             native = super().on_forward_end(
                 forward_batch, can_run_graph, cuda_graph_batch, no_copy_to_cpu
             )
-        if self.publisher is not None:
-            captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
-            self._scatter(self.publisher, captured)
-        return native
-
-    def _scatter(self, publisher: Publisher, captured: torch.Tensor) -> None:
+            if native is not None:
+                # Copied to the host after this: by then the buffer holds -1, or the next forward's.
+                native.map_device_tensors(torch.clone)
+        if self.publisher is None:
+            return native
+        captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
         entry, self._entry = self._entry, None
+        self._scatter(self.publisher, captured, entry)
+        return ForwardMark(self.publisher.gatherer, entry, native)
+
+    def _scatter(self, publisher: Publisher, captured: torch.Tensor, entry: _Entry | None) -> None:
         try:
             publisher.flush()  # what an interrupted step left pending
-            if entry is None or entry[0] is None:
+            if entry is None:
                 raise RuntimeError("a forward ended whose beginning was not seen")
-            tokens, positions, locations = entry
-            count = len(tokens)
+            count = len(entry.tokens)
             if len(captured) < count:
                 # Locations without new rows would keep a former occupant's, tags and all.
                 raise RuntimeError(f"{len(captured)} rows were captured for {count} tokens")
             self.table.scatter(
                 captured[:count],
-                locations[:count],
-                tokens[:count],
-                positions[:count],
+                entry.locations[:count],
+                entry.tokens,
+                entry.positions[:count],
                 self.epochs.mark_used(),
             )
         except Exception:
@@ -193,14 +205,25 @@ class ArenaCapturer(RoutedExpertsCapturer):
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")
             publisher.counters.add("hook_errors")
             self.table.forget()
-        finally:
-            captured.fill_(-1)  # a layer that does not capture next time must not show these
+            captured.fill_(-1)
+        if self._shared_buffer:
+            self.device_cache.buffer.fill_(-1)
 
     def weights_change(self, label: str | None) -> None:
         """Weights begin to change; rows from now on belong to another epoch."""
         self.epochs.begin_update(label)
         if self.publisher is not None:
             self.publisher.arena.writer.weight_epoch = self.epochs.current
+
+    def give_back_memory(self) -> None:
+        """The engine gives its KV cache's memory to a colocated trainer, and the table's."""
+        if self.publisher is not None:
+            self.publisher.gatherer.give_back()
+
+    def take_memory_again(self) -> None:
+        """The KV cache is there again, empty."""
+        if self.publisher is not None:
+            self.publisher.gatherer.take_again()
 
     def destroy(self) -> None:
         """The scheduler ends in good order: end the arena's writing, too."""
@@ -210,13 +233,53 @@ class ArenaCapturer(RoutedExpertsCapturer):
             self.publisher.stop()
 
 
+class _Entry(NamedTuple):
+    """What a forward is about, read before the model ran; the tensors are unpadded."""
+
+    number: int
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    locations: torch.Tensor
+
+
+class ForwardMark:
+    """Travels with a forward's result, by the duck type of SGLang's ``TopkCaptureOutput``.
+
+    So the gatherer learns which forward's result is processed, and the native path, in shadow
+    mode, still gets its own.
+    """
+
+    def __init__(self, gatherer: Gatherer, entry: _Entry | None, native: Any) -> None:
+        self._gatherer, self._entry, self._native = gatherer, entry, native
+
+    def map_device_tensors(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self._native is not None:
+            self._native.map_device_tensors(copy)
+
+    def finalize(self) -> None:
+        """The scheduler thread has waited for the forward's end and processes its result."""
+        if self._entry is not None:
+            self._gatherer.result_processed(self._entry.number)
+        if self._native is not None:
+            self._native.finalize()
+
+
+def make_gatherer(table: RouteTable, arena: Arena) -> Gatherer:
+    """The gatherer for the table's device."""
+    if table.device.type == "cpu":
+        return HostGatherer(table)
+    from .gather_device import DeviceGatherer  # needs Triton, which not every CPU build has
+
+    return DeviceGatherer(table, arena, arena.writer.counters)
+
+
 def largest_forward(max_running_requests: int, context_length: int) -> int:
     """Rows that the capture buffer needs: the largest prefill, with decodes mixed in.
 
     SGLang's own bound forgets mixed decodes, and ``chunked_prefill_size = -1`` (then only
     ``max_prefill_tokens`` and the context bound a prefill).
     """
-    schedule, ranks = get_schedule(), get_parallel().num_dp_ranks
+    schedule, ranks = get_schedule(), data_parallel_ranks()
     chunk = schedule.chunked_prefill_size
     if chunk is None or chunk <= 0:
         chunk = max(schedule.max_prefill_tokens, context_length)

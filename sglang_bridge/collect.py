@@ -21,7 +21,9 @@ from sglang.srt.state_capturer.base import BaseTopkCapturer
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from .capturer import ArenaCapturer
-from .publisher import Finished, Publisher
+from .finished import Finished
+from .publisher import Publisher
+from .versions import request_slot
 
 logger = logging.getLogger("shmroute")
 
@@ -36,7 +38,7 @@ def collect(processor: Any, req: Any) -> None:
         return
     publisher.counters.add("finished")
     try:
-        request = describe(req, processor.req_to_token_pool, capturer)
+        request = describe(req, processor.req_to_token_pool, capturer, publisher)
         envelope = publisher.collect(request)
     except Exception as error:
         logger.exception("shmroute: no routes for rid %s", req.rid)
@@ -46,19 +48,19 @@ def collect(processor: Any, req: Any) -> None:
     req.routed_experts = torch.frombuffer(bytearray(envelope), dtype=torch.uint8)
 
 
-def describe(req: Any, pool: Any, capturer: ArenaCapturer) -> Finished:
+def describe(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:
     """Read off a finished request what its record needs, locations copied."""
     prompt, output = req.origin_input_ids, req.output_ids_through_stop
     seqlen = len(prompt) + len(output)
     start = min(req.routed_experts_start_len, seqlen - 1)
     tokens = seqlen - 1 - start
-    if req.kv.req_pool_idx is None:
+    slot = request_slot(req)
+    if slot is None:
         raise RuntimeError("its KV cache was released before its routes were collected")
-    row = pool.req_to_token[req.kv.req_pool_idx]
     native = None
     if capturer.shadow:
         native = BaseTopkCapturer.get_topk(
-            capturer, req.kv.req_pool_idx, seqlen, pool, req.routed_experts_start_len
+            capturer, slot, seqlen, pool, req.routed_experts_start_len
         )
 
     def token_ids() -> npt.NDArray[np.int64]:
@@ -75,7 +77,7 @@ def describe(req: Any, pool: Any, capturer: ArenaCapturer) -> Finished:
         start=start,
         tokens=tokens,
         prompt_tokens=len(prompt),
-        locations=row[start : seqlen - 1].clone(),
+        locations=publisher.gatherer.snapshot(pool.req_to_token, slot, start, seqlen - 1),
         token_ids=token_ids,
         native=native,
     )

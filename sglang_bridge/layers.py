@@ -17,6 +17,7 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from shmroute import RouteLayout
 
 from .errors import StartRefused
+from .versions import is_draft_router, shared_slots
 
 # On these the experts are chosen inside the MoE kernel, out of the capturer's sight.
 _ROUTED_INSIDE = (TopKOutputFormat.TRITON_KERNEL, TopKOutputFormat.BYPASSED)
@@ -40,9 +41,9 @@ def route_layout(
     StartRefused
         A MoE layer whose routes SGLang does not capture, or layers that route differently.
     """
-    routers = [m for m in model.modules() if isinstance(m, TopK) and not m.is_draft]
+    routers = [m for m in model.modules() if isinstance(m, TopK) and not is_draft_router(m)]
     for module in model.modules():
-        if isinstance(module, HashTopK) and not module.is_draft:
+        if isinstance(module, HashTopK) and not is_draft_router(module):
             raise StartRefused(
                 f"layer {module.layer_id} routes by token hash: SGLang captures no routes there"
             )
@@ -94,7 +95,7 @@ def _check_same(
             f"layers {sorted(set(layer_ids) - set(experts))} have a router and no FusedMoE: the "
             "number of their experts is unknown"
         )
-    widths = {int(r.topk_config.top_k) - int(r.topk_config.num_shared_topk_slots) for r in routers}
+    widths = {int(r.topk_config.top_k) - shared_slots(r.topk_config) for r in routers}
     if widths != {int(config.num_experts_per_tok)} or len(set(experts.values())) != 1:
         raise StartRefused(
             f"MoE layers differ (top-k {sorted(widths)}, experts {sorted(set(experts.values()))}, "

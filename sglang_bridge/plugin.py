@@ -28,6 +28,7 @@ from shmroute import reaper, segments
 from . import settings, sites
 from .errors import StartRefused
 from .settings import Settings
+from .versions import resolved_arguments
 
 logger = logging.getLogger("shmroute")
 
@@ -74,7 +75,7 @@ def _from_arguments(original: Callable[..., Any], cls: type, arguments: Any) -> 
 
 
 def _resolve(original: Callable[[Any], None], arguments: Any) -> None:
-    """Around ``ServerArgs.resolve_once``: the one place that every way of starting passes.
+    """Around ``ServerArgs``' resolution: the one place that every way of starting passes.
 
     It is called several times for one record, in each process that the record reaches.
     """
@@ -104,11 +105,9 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
 
     sites.check_sites((*sites.LAUNCHER, *sites.SCHEDULER, *sites.USED))
     sites.check_attributes()
-    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.environ import envs
 
-    # The record itself keeps what the user gave; this shows what SGLang made of it.
-    resolved = resolving_view(arguments)
+    resolved = resolved_arguments(arguments)
     if not resolved.enable_return_routed_experts:
         raise StartRefused("the ServerArgs were resolved without enable_return_routed_experts")
     refuse_features(resolved)
@@ -117,7 +116,8 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
     reaper.reap(wanted.arena)
     # The arenas themselves are made once the model's layers are known; that they would fit
     # is checked before minutes of loading.
-    segments.check_memory(wanted.capacity * max(1, resolved.dp_size), wanted.arena)
+    ranks = max(1, resolved.dp_size) * max(1, resolved.attn_dp_size)
+    segments.check_memory(wanted.capacity * ranks, wanted.arena)
     _hook_launcher()
     _launched.add(wanted.arena)
 

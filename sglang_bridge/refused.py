@@ -26,9 +26,9 @@ _KV_WITHOUT_FORWARD = "it writes KV without a forward, which no tag would notice
 
 REFUSALS = (
     Refusal(
-        "an accelerator (device)",
-        lambda a: a.device != "cpu",
-        "this version orders its gathers for a CPU engine, not for a device's streams",
+        "a device other than CUDA and CPU",
+        lambda a: a.device not in ("cpu", "cuda"),
+        "no test has shown the order of its streams right",
     ),
     Refusal("two-batch overlap", lambda a: a.enable_two_batch_overlap, _UNTESTED),
     Refusal("pp_size > 1", lambda a: a.pp_size > 1, "a stage captures only its own layers"),
@@ -53,7 +53,11 @@ REFUSALS = (
         ),
         "routes are gathered inside it (--disable-flashinfer-cutlass-moe-fp4-allgather)",
     ),
-    Refusal("DP attention", lambda a: a.enable_dp_attention or a.attn_dp_size > 1, _UNTESTED),
+    Refusal(
+        "DP attention on a CPU engine",
+        lambda a: a.device == "cpu" and (a.enable_dp_attention or a.attn_dp_size > 1),
+        _UNTESTED,
+    ),
     Refusal("DWDP", lambda a: a.dwdp_size > 1, _UNTESTED),
     Refusal("hierarchical cache", lambda a: a.enable_hierarchical_cache, _KV_WITHOUT_FORWARD),
     Refusal("LMCache", lambda a: a.enable_lmcache, _KV_WITHOUT_FORWARD),

@@ -10,6 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.runtime_context import get_exec, get_server_args
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
@@ -17,6 +20,7 @@ from . import collect, sites
 from .capturer import ArenaCapturer
 from .errors import StartRefused
 from .settings import Settings
+from .versions import is_older
 
 logger = logging.getLogger("shmroute")
 
@@ -40,10 +44,13 @@ def register() -> None:
     for site in (sites.DECODED, sites.PREFILLED):
         sites.hook(site, _step_processed, "AFTER")
     sites.hook(sites.STREAMED, _streamed, "BEFORE")
-    sites.hook(sites.ABORTED, _aborted, "BEFORE")
+    sites.hook(sites.ABORTED, _sent if is_older() else _aborted, "BEFORE")
     for site in sites.UPDATES:
         sites.hook(site, _weights_change, "BEFORE")
-    sites.hook(sites.RENAMED, _weights_renamed, "BEFORE")
+    for site in sites.RENAMED:
+        sites.hook(site, _weights_renamed, "BEFORE")
+    sites.hook(sites.RELEASE_MEMORY, _memory_released, "AFTER")
+    sites.hook(sites.RESUME_MEMORY, _memory_resumed, "AFTER")
     sites.apply(*sites.SCHEDULER)
 
 
@@ -84,6 +91,28 @@ def _streamed(_accumulator: Any, *, req: Any) -> None:
 
 def _aborted(_scheduler: Any, _abort_req: Any, req: Any) -> None:
     collect.count_aborted(req)
+
+
+def _sent(_sender: Any, output: Any, recv_obj: Any = None) -> None:
+    """An older scheduler sends an abort from many places; one sender carries them all."""
+    if isinstance(output, AbortReq) and isinstance(recv_obj, Req):
+        collect.count_aborted(recv_obj)
+
+
+def _memory_released(_result: Any, _updater: Any, recv_req: Any) -> None:
+    capturer = get_global_experts_capturer()
+    if isinstance(capturer, ArenaCapturer) and _names_kv_cache(recv_req):
+        capturer.give_back_memory()
+
+
+def _memory_resumed(_result: Any, _updater: Any, recv_req: Any) -> None:
+    capturer = get_global_experts_capturer()
+    if isinstance(capturer, ArenaCapturer) and _names_kv_cache(recv_req):
+        capturer.take_memory_again()
+
+
+def _names_kv_cache(recv_req: Any) -> bool:
+    return not recv_req.tags or GPU_MEMORY_TYPE_KV_CACHE in recv_req.tags
 
 
 def _weights_change(_updater: Any, recv_req: Any) -> None:

@@ -8,14 +8,15 @@ applied each is checked to be in place.
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .errors import StartRefused
+from .versions import is_older, version
 
+_OLDER = is_older()
 _MANAGERS = "sglang.srt.managers."
 _PARTS = _MANAGERS + "scheduler_components."
 _PROCESSOR = _PARTS + "batch_result_processor.SchedulerBatchResultProcessor."
@@ -33,7 +34,10 @@ class Site(NamedTuple):
 
 ADD_ARGUMENTS = Site("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",))
 FROM_ARGUMENTS = Site("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",))
-RESOLVE = Site("sglang.srt.server_args.ServerArgs.resolve_once", ("self",))
+RESOLVE = Site(
+    "sglang.srt.server_args.ServerArgs." + ("__post_init__" if _OLDER else "resolve_once"),
+    ("self",),
+)
 CREATE = Site(
     "sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer.create",
     ("model", "model_config", "num_tokens", "max_running_requests", "device"),
@@ -48,7 +52,15 @@ STREAMED = Site(
     _PARTS + "output_streamer._GenerationStreamAccumulator.accept",
     ("self", "req"),
 )
-ABORTED = Site(_MANAGERS + "scheduler.Scheduler.send_abort_output", ("self", "abort_req", "req"))
+if _OLDER:
+    ABORTED = Site(
+        _PARTS + "output_sender.SenderWrapper.send_output", ("self", "output", "recv_obj")
+    )
+else:
+    ABORTED = Site(
+        _MANAGERS + "scheduler.Scheduler.send_abort_output", ("self", "abort_req", "req")
+    )
+_BUCKETED_UPDATES = () if _OLDER else ("begin_weight_update", "end_weight_update")
 UPDATES = tuple(
     Site(_UPDATER + name, ("self", "recv_req"))
     for name in (
@@ -56,12 +68,21 @@ UPDATES = tuple(
         "update_weights_from_distributed",
         "update_weights_from_tensor",
         "update_weights_from_ipc",
-        "begin_weight_update",
-        "end_weight_update",
+        *_BUCKETED_UPDATES,
     )
 )
-RENAMED = Site(
-    _MANAGERS + "scheduler.Scheduler.record_weight_version_change", ("self", "new_version")
+RELEASE_MEMORY = Site(_UPDATER + "release_memory_occupation", ("self", "recv_req"))
+RESUME_MEMORY = Site(_UPDATER + "resume_memory_occupation", ("self", "recv_req"))
+# An older scheduler is not told when the version changes its name without new weights.
+RENAMED = (
+    ()
+    if _OLDER
+    else (
+        Site(
+            _MANAGERS + "scheduler.Scheduler.record_weight_version_change",
+            ("self", "new_version"),
+        ),
+    )
 )
 CHAT = Site(_OPENAI + "serving_chat.OpenAIServingChat._validate_request", ("self", "request"))
 COMPLETION = Site(
@@ -85,21 +106,33 @@ USED = (
         ("self", "forward_batch", "can_run_graph", "cuda_graph_batch"),
         own=True,
     ),
-    Site("sglang.srt.arg_groups.overrides.resolving_view", ("server_args",)),
     Site("sglang.srt.runtime_context.get_server_args", ()),
+    *(
+        ()
+        if _OLDER
+        else (Site("sglang.srt.arg_groups.overrides.resolving_view", ("server_args",)),)
+    ),
 )
 SCHEDULER = (
-    CREATE, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, RENAMED, *UPDATES,
+    CREATE, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, *RENAMED, *UPDATES,
+    RELEASE_MEMORY, RESUME_MEMORY,
 )  # fmt: skip
 LAUNCHER = (RESOLVE, CHAT, COMPLETION, KILLED)
 
-# Class -> attributes that the bridge reads from its instances.
+# Class -> attributes that the bridge reads from its instances; some differ, see ``versions``.
 ATTRIBUTES = {
-    "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
+    **(
+        {}
+        if _OLDER
+        else {
+            "sglang.srt.managers.schedule_batch.ReqKvInfo": ("req_pool_idx",),
+            "sglang.srt.layers.moe.hash_topk.HashTopK": ("layer_id", "is_draft"),
+        }
+    ),
     "sglang.srt.managers.schedule_batch.Req": (
         "output_ids_through_stop",
         "finished",
-        "kv",
+        "req_pool_idx" if _OLDER else "kv",
         "rid",
         "origin_input_ids",
         "sampling_params",
@@ -108,30 +141,28 @@ ATTRIBUTES = {
         "routed_experts",
         "finished_reason",
     ),
-    "sglang.srt.layers.moe.topk.TopK": ("layer_id", "is_draft", "topk_config"),
-    "sglang.srt.layers.moe.hash_topk.HashTopK": ("layer_id", "is_draft"),
+    "sglang.srt.layers.moe.topk.TopK": (
+        "layer_id",
+        "topk_config",
+        *(() if _OLDER else ("is_draft",)),
+    ),
     "sglang.srt.model_executor.model_runner.ModelRunner": ("is_draft_worker",),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
         "input_ids",
         "positions",
         "out_cache_loc",
-        "out_cache_loc_virtual",
+        *(() if _OLDER else ("out_cache_loc_virtual",)),
         "contains_mm_inputs",
     ),
     "sglang.srt.layers.moe.topk.TopKConfig": (
         "top_k",
         "allow_routed_experts_capture",
         "output_format",
-        "num_shared_topk_slots",
+        "num_fused_shared_experts" if _OLDER else "num_shared_topk_slots",
     ),
     "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE": ("num_global_routed_experts",),
 }
-
-
-def version() -> str:
-    """SGLang's version, for messages."""
-    return importlib.metadata.version("sglang")
 
 
 def check_sites(sites: Iterable[Site]) -> None:

@@ -29,9 +29,10 @@ INVALID = -1
 _TOKEN_BITS, _POSITION_BITS, _EPOCH_BITS = 22, 24, 17
 FOREIGN_TOKEN = (1 << _TOKEN_BITS) - 1
 POSITION_MAX = (1 << _POSITION_BITS) - 1
-_EPOCH_SHIFT = _TOKEN_BITS + _POSITION_BITS
-_EPOCH_MASK = (1 << _EPOCH_BITS) - 1
-_PLACE_MASK = (1 << _EPOCH_SHIFT) - 1
+POSITION_SHIFT = _TOKEN_BITS
+EPOCH_SHIFT = _TOKEN_BITS + _POSITION_BITS
+EPOCH_MASK = (1 << _EPOCH_BITS) - 1
+_PLACE_MASK = (1 << EPOCH_SHIFT) - 1
 
 
 def make_tags(
@@ -50,8 +51,8 @@ def make_tags(
     """
     ids = tokens.to(torch.int64)
     ids = torch.where((ids >= 0) & (ids < vocabulary), ids, FOREIGN_TOKEN)
-    tags = (positions.to(torch.int64) << _TOKEN_BITS) | ids
-    return tags | ((epoch & _EPOCH_MASK) << _EPOCH_SHIFT)
+    tags = (positions.to(torch.int64) << POSITION_SHIFT) | ids
+    return tags | ((epoch & EPOCH_MASK) << EPOCH_SHIFT)
 
 
 def expected_places(
@@ -60,7 +61,7 @@ def expected_places(
     """What the position and token bits of a request's tags must be, from row ``start`` on."""
     ids = np.where((tokens >= 0) & (tokens < vocabulary), tokens, FOREIGN_TOKEN)
     positions = np.arange(start, start + len(tokens), dtype=np.int64)
-    return (positions << _TOKEN_BITS) | ids
+    return (positions << POSITION_SHIFT) | ids
 
 
 def wrong_rows(tags: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -71,6 +72,6 @@ def wrong_rows(tags: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> np
 
 def epochs_of(tags: npt.NDArray[np.int64], current: int) -> npt.NDArray[np.int64]:
     """Full epoch numbers of rows, given that none is older than 2**17 - 1 epochs."""
-    behind = (current - (tags >> _EPOCH_SHIFT)) & _EPOCH_MASK
+    behind = (current - (tags >> EPOCH_SHIFT)) & EPOCH_MASK
     result: Any = current - behind
     return result

@@ -51,6 +51,10 @@ NAMES = (
     "tags_wrong",
     "table_bytes",
     "shadow_rows_incomparable",
+    "pageable_copies",
+    "host_buffers_added",
+    "page_locked_bytes",
+    "table_device_bytes",
 )
 _INDEX = {name: index for index, name in enumerate(NAMES)}
 

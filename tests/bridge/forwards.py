@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_bridge.publisher import Finished
+from sglang_bridge.finished import Finished
 from sglang_bridge.table import RouteTable
 
 VOCABULARY = 1000

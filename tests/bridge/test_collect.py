@@ -14,6 +14,7 @@ from forwards import VOCABULARY, Forwards
 
 import shmroute
 from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.gather_host import HostGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from shmroute import RouteFailed, RouteLayout, ShmRouteReader
@@ -29,12 +30,17 @@ class Scheduler:
         self._sglang = sglang
         self.capturer: Any = None
         self.arena = arena
+        self.table = RouteTable(ROUTES, 1024, "cpu", vocabulary=VOCABULARY)
         self.publisher = Publisher(
-            arena, WeightEpochs(), vocabulary=VOCABULARY, inline_when_full=True, shadow=None
+            arena,
+            WeightEpochs(),
+            HostGatherer(self.table),
+            vocabulary=VOCABULARY,
+            inline_when_full=True,
+            shadow=None,
         )
-        table = RouteTable(ROUTES, 1024, "cpu", vocabulary=VOCABULARY, fence=self.publisher.fence)
-        self.publisher.start(table)
-        self.forwards = Forwards(table)
+        self.publisher.start()
+        self.forwards = Forwards(self.table)
         self.req_to_token_pool = sglang.ReqToTokenPool(4, 256, "cpu", False)
 
     def request(self, rid: str, prompt: int, output: int, **fields: Any) -> tuple[Any, np.ndarray]:
@@ -72,10 +78,10 @@ def scheduler(sglang: SimpleNamespace, arena_name: str) -> Iterator[Scheduler]:
     from sglang_bridge.capturer import ArenaCapturer
 
     class WithoutModel(ArenaCapturer):
-        def __init__(self, publisher: Publisher) -> None:
+        def __init__(self, publisher: Publisher, table: RouteTable) -> None:
             self.publisher, self.shadow, self.host_cache = publisher, False, None
-            self.epochs, self.table = WeightEpochs(), publisher._get_table()
-            self._entry = None
+            self.epochs, self.table = WeightEpochs(), table
+            self._entry, self._shared_buffer = None, False
 
         def forward(self, batch: Any, captured: Any) -> None:
             """One forward as the hooks see it."""
@@ -85,7 +91,7 @@ def scheduler(sglang: SimpleNamespace, arena_name: str) -> Iterator[Scheduler]:
 
     arena = shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=8)
     made = Scheduler(sglang, arena)
-    capturer = made.capturer = WithoutModel(made.publisher)
+    capturer = made.capturer = WithoutModel(made.publisher, made.table)
     sglang.set_global_experts_capturer(capturer)
     yield made
     sglang.set_global_experts_capturer(None)

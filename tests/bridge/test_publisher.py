@@ -15,6 +15,7 @@ from forwards import VOCABULARY, Forwards
 
 import shmroute
 from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.gather_host import HostGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.shadow import Shadow
 from sglang_bridge.table import RouteTable
@@ -40,17 +41,16 @@ class Bridge:
         inline_when_full = arena.pop("inline_when_full", True)
         self.arena = shmroute.Arena.create(name, routes, **arena)
         self.epochs = WeightEpochs("loaded")
+        self.table = table(routes, LOCATIONS, "cpu", vocabulary=VOCABULARY)
         self.publisher = Publisher(
             self.arena,
             self.epochs,
+            HostGatherer(self.table),
             vocabulary=VOCABULARY,
             inline_when_full=inline_when_full,
             shadow=Shadow(routes, Counters(self.arena.memory.counters, SHADOW)),
         )
-        self.table = table(
-            routes, LOCATIONS, "cpu", vocabulary=VOCABULARY, fence=self.publisher.fence
-        )
-        self.publisher.start(self.table)
+        self.publisher.start()
         self.forwards = Forwards(self.table)
 
     def serve(self, rid: str, tokens: int, start: int = 0) -> tuple[bytes, np.ndarray]:

@@ -14,7 +14,7 @@ from sglang_bridge.refused import REFUSALS, refuse_features
 
 # Feature -> arguments that turn it on, each of them alone.
 ON: dict[str, list[dict[str, Any]]] = {
-    "an accelerator (device)": [{"device": "cuda"}],
+    "a device other than CUDA and CPU": [{"device": "xpu"}, {"device": "npu"}],
     "two-batch overlap": [{"enable_two_batch_overlap": True}],
     "pp_size > 1": [{"pp_size": 2}],
     "attention context parallelism": [
@@ -35,7 +35,7 @@ ON: dict[str, list[dict[str, Any]]] = {
         }
         for parallel in ({"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2})
     ],
-    "DP attention": [
+    "DP attention on a CPU engine": [
         {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2},
         {"attn_dp_size": 2, "tp_size": 2},
     ],

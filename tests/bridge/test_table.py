@@ -15,7 +15,7 @@ LOCATIONS = 500
 
 
 def make_table(routes: RouteLayout) -> RouteTable:
-    return RouteTable(routes, LOCATIONS, "cpu", vocabulary=VOCABULARY, fence=lambda: None)
+    return RouteTable(routes, LOCATIONS, "cpu", vocabulary=VOCABULARY)
 
 
 @pytest.fixture(params=[8, 256, 257, 512])
@@ -57,7 +57,7 @@ def test_the_latest_forward_at_a_location_wins(forwards: Forwards) -> None:
 def test_int32_locations_and_tokens_are_taken_as_sglang_has_them(forwards: Forwards) -> None:
     captured = forwards.routes(3)
     forwards.table.scatter(
-        torch.from_numpy(captured),
+        torch.from_numpy(captured.copy()),
         torch.tensor([5, 7, 9], dtype=torch.int32),
         torch.tensor([1, 2, 3], dtype=torch.int32),
         torch.tensor([0, 1, 2], dtype=torch.int64),

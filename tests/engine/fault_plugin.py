@@ -83,8 +83,8 @@ def _late() -> None:
     describe, flush = collect.describe, Publisher.flush
     seen: dict[int, Any] = {}
 
-    def remembering(req: Any, pool: Any, capturer: Any) -> Any:
-        request = describe(req, pool, capturer)
+    def remembering(req: Any, pool: Any, *arguments: Any) -> Any:
+        request = describe(req, pool, *arguments)
         seen[id(request)] = (pool, req.kv.req_pool_idx)
         return request
 
@@ -101,9 +101,9 @@ def _late() -> None:
 
 
 def _altered() -> None:
-    from sglang_bridge.publisher import Publisher
+    from sglang_bridge.gather_host import HostGatherer
 
-    gather = Publisher._gather
+    gather = HostGatherer._gather
 
     def altering(self: Any, job: Any) -> None:
         gather(self, job)
@@ -114,7 +114,7 @@ def _altered() -> None:
             job.record.rows[where["row"], where["layer"], 0] ^= 1
             _flag("altered").write_text(job.request.rid)
 
-    Publisher._gather = altering
+    HostGatherer._gather = altering
 
 
 def _unsealed() -> None:

@@ -1,0 +1,105 @@
+"""Requests at their end, and the work that follows: what passes between the bridge's threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from shmroute.reservation import Reservation
+
+
+@dataclass(slots=True)
+class Finished:
+    """What is known of a request at its end, before its KV cache is released.
+
+    Attributes
+    ----------
+    start, tokens
+        Rows ``[start, start + tokens)`` of the request.
+    locations
+        ``[tokens]`` KV locations: a copy, since ``req_to_token`` changes right after.
+    token_ids
+        Returns the ids of tokens ``[start, start + tokens)``; called once, later.
+    native
+        In shadow mode SGLang's own rows, ``int32 [tokens, all layers, top_k]``.
+    """
+
+    rid: str
+    start: int
+    tokens: int
+    prompt_tokens: int
+    locations: torch.Tensor
+    token_ids: Callable[[], npt.NDArray[np.int64]]
+    native: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class Job:
+    """A finished request with a place in the arena.
+
+    Attributes
+    ----------
+    epoch
+        The weight epoch when it finished.
+    tags
+        ``int64 [tokens]`` beside its rows, once both are in memory.
+    error
+        Why they never will be.
+    """
+
+    request: Finished
+    record: Reservation
+    epoch: int
+    tags: npt.NDArray[np.int64] | None = None
+    error: Exception | None = None
+
+
+class Gathered(Protocol):
+    """Jobs whose rows are on their way into the arena."""
+
+    jobs: list[Job]
+
+    def wait(self) -> None:
+        """Return when each job has its rows in the arena and its tags, or its error."""
+
+    def done(self) -> None:
+        """The tags are no longer needed."""
+
+
+class Gatherer(Protocol):
+    """Moves rows out of the route table into the arena; one form for a CPU, one for CUDA."""
+
+    def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
+        """Begin; ``hand_over`` is called with what is gathered, in order, and None at the end."""
+
+    def forward_begins(self) -> int:
+        """On the forward's stream, before the model runs; returns the forward's number."""
+
+    def result_processed(self, forward: int) -> None:
+        """The scheduler thread has waited for this forward's end; its requests end next."""
+
+    def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> torch.Tensor:
+        """Copy a request's KV locations, ordered before any later write of ``req_to_token``."""
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Gather what finished in one step; does not wait. Scheduler thread."""
+
+    def gather_now(self, request: Finished) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Rows ``[tokens, moe_layers, top_k]`` and tags of one request, at once: this waits."""
+
+    def fence(self) -> None:
+        """Let the next scatter come after every gather that was submitted."""
+
+    def give_back(self) -> None:
+        """Free device memory while a colocated trainer needs it; the engine is idle."""
+
+    def take_again(self) -> None:
+        """Take it again; the table's rows are invalid until forwards fill them."""
+
+    def stop(self) -> None:
+        """Finish what was submitted and end."""

@@ -1,0 +1,128 @@
+"""Which rows of finished records go through GPU memory together, and the buffers for it.
+
+A *run* is one contiguous stretch of the record heap that one copy fills: records that
+finished in one step get adjacent extents, so most steps are one run. What lies between two
+records' rows in a run (room for metadata) is copied with them and written later, by the
+seal. A run fits a lane; a record longer than a lane goes in several runs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from .finished import Job
+
+STAGING_BYTES = 64 << 20
+LANES = 4
+PIECES_MAX = 256
+_HOST_BUFFERS_KEPT = 8
+
+
+class Piece(NamedTuple):
+    """Rows ``[first, first + rows)`` of one record, ``place`` bytes into their run.
+
+    ``tag`` is where in the run's tags theirs begin; ``last`` says that the record ends here.
+    """
+
+    job: Job
+    first: int
+    rows: int
+    place: int
+    tag: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """``nbytes`` of the heap from ``offset`` on, and the pieces of records in them."""
+
+    offset: int
+    nbytes: int = 0
+    rows: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+
+
+def plan_runs(
+    jobs: Sequence[Job], row_bytes: int, lane_bytes: int, lane_rows: int
+) -> Iterator[Run]:
+    """Split jobs into runs of at most ``lane_bytes``, ``lane_rows`` and ``PIECES_MAX`` pieces."""
+    run: Run | None = None
+    for job in jobs:
+        first = 0
+        while first < job.request.tokens:
+            at = job.record.offset + first * row_bytes
+            if run is None or not _continues(run, job, at, row_bytes, lane_bytes, lane_rows):
+                if run is not None:
+                    yield run
+                run = Run(at)
+            place = at - run.offset
+            room = min((lane_bytes - place) // row_bytes, lane_rows - run.rows)
+            rows = min(room, job.request.tokens - first)
+            last = first + rows == job.request.tokens
+            run.pieces.append(Piece(job, first, rows, place, run.rows, last))
+            run.nbytes = place + rows * row_bytes
+            run.rows += rows
+            first += rows
+    if run is not None:
+        yield run
+
+
+def _continues(
+    run: Run, job: Job, at: int, row_bytes: int, lane_bytes: int, lane_rows: int
+) -> bool:
+    """Whether the next piece lies right behind the run's last record and fits a whole row."""
+    before = run.pieces[-1].job
+    adjacent = before is not job and (
+        before.record.offset + before.record.plan.total_bytes == job.record.offset
+    )
+    fits = at - run.offset + row_bytes <= lane_bytes and run.rows < lane_rows
+    return adjacent and fits and len(run.pieces) < PIECES_MAX
+
+
+class Lane:
+    """GPU memory for one run at a time; ``copied`` is recorded when it may be used again."""
+
+    def __init__(self, nbytes: int, rows: int, word: torch.dtype, device: torch.device) -> None:
+        self.words = torch.empty(nbytes // word.itemsize, dtype=word, device=device)
+        self.rows = self.words.view(torch.uint8)
+        self.tags = torch.empty(rows, dtype=torch.int64, device=device)
+        self.pieces = torch.empty((PIECES_MAX, 4), dtype=torch.int64, device=device)
+        self.copied: torch.cuda.Event | None = None
+
+
+class HostBuffer:
+    """Page-locked memory for one run: its pieces on the way there, its tags on the way back."""
+
+    def __init__(self, rows: int) -> None:
+        self.pieces = torch.empty((PIECES_MAX, 4), dtype=torch.int64, pin_memory=True)
+        self.tags = torch.empty(rows, dtype=torch.int64, pin_memory=True)
+        self.piece_array = self.pieces.numpy()
+        self.tag_array = self.tags.numpy()
+
+
+class HostBuffers:
+    """Host buffers that are kept, since page-locking one costs a millisecond.
+
+    Taken by the scheduler thread, given back by the sealer; ``added`` counts those made because
+    none was free.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._free = deque(HostBuffer(rows) for _ in range(_HOST_BUFFERS_KEPT))
+        self.added = 0
+
+    def take(self) -> HostBuffer:
+        try:
+            return self._free.popleft()
+        except IndexError:
+            self.added += 1
+            return HostBuffer(self._rows)
+
+    def give(self, buffer: HostBuffer) -> None:
+        self._free.append(buffer)

@@ -1,0 +1,100 @@
+"""What differs between the SGLang versions that the bridge knows, in one place.
+
+The hook sites are the same, what the bridge reads there is not. Two versions are tested:
+0.5.23, and 0.5.17, the newest that goes with torch 2.11. Any other is checked like these
+(``sites``), against the newer form from 0.5.23 on and against the older one before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import re
+from typing import Any
+
+TESTED = ("0.5.17", "0.5.23")
+
+# Arguments that 0.5.23 has and the older versions do not: there the feature does not exist.
+_LATER_ARGUMENTS = {
+    "attn_dp_size": 1,
+    "enable_encoder_swa_bounded_replay": False,
+    "enable_decoder_swa_bounded_replay": False,
+    "enable_unified_cache_external_linker": False,
+}
+
+
+@functools.cache
+def version() -> str:
+    """SGLang's version."""
+    return importlib.metadata.version("sglang")
+
+
+def is_older() -> bool:
+    """Whether this SGLang has the form of 0.5.17."""
+    numbers = [int(number) for number in re.findall(r"\d+", version())[:3]]
+    return numbers < [0, 5, 23]
+
+
+class _WithLaterArguments:
+    """A resolved ``ServerArgs`` of an older SGLang, with the newer arguments at "off"."""
+
+    def __init__(self, arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _LATER_ARGUMENTS and not hasattr(self._arguments, name):
+            return _LATER_ARGUMENTS[name]
+        return getattr(self._arguments, name)
+
+
+def resolved_arguments(arguments: Any) -> Any:
+    """What SGLang made of a ``ServerArgs``; the newer record itself keeps what the user gave."""
+    from sglang.srt.arg_groups import overrides
+
+    if is_older():
+        return _WithLaterArguments(arguments)
+    return overrides.resolving_view(arguments)
+
+
+def request_slot(req: Any) -> int | None:
+    """Row of ``req_to_token`` that a request holds; None once its KV cache was released."""
+    slot: int | None = req.req_pool_idx if is_older() else req.kv.req_pool_idx
+    return slot
+
+
+def is_draft_router(router: Any) -> bool:
+    """Whether a router belongs to a draft model. The older target model has none of those."""
+    return not is_older() and router.is_draft
+
+
+def shared_slots(topk_config: Any) -> int:
+    """Columns of a router's top-k that are fused shared experts."""
+    if is_older():
+        return int(topk_config.num_fused_shared_experts)
+    return int(topk_config.num_shared_topk_slots)
+
+
+def fused_shared_experts(model: Any) -> int:
+    """Columns of the capture buffer that are fused shared experts."""
+    if not is_older():
+        return int(model.shared_experts_config.num_fused_shared_experts)
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().moe.disable_shared_experts_fusion:
+        return 0
+    return int(getattr(model, "num_fused_shared_experts", 0))
+
+
+def kv_locations(forward_batch: Any) -> Any:
+    """KV locations that a forward writes, in the numbering of ``req_to_token``."""
+    if is_older() or forward_batch.out_cache_loc_virtual is None:
+        return forward_batch.out_cache_loc
+    return forward_batch.out_cache_loc_virtual
+
+
+def data_parallel_ranks() -> int:
+    """Ranks whose tokens share one capture buffer."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return int(parallel.dp_size if is_older() else parallel.num_dp_ranks)
