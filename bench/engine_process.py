@@ -181,23 +181,28 @@ class ServerProcess:
                 start_new_session=True,
             )
         try:
-            self._wait_ready(began + self.timeout)
+            self.wait_ready(began + self.timeout)
         except BaseException:
             self.stop(keep_log=True)
             raise
         self.start_seconds = time.monotonic() - began
 
-    def _wait_ready(self, deadline: float) -> None:
-        assert self._child is not None
+    def wait_ready(self, deadline: float) -> None:
+        """Return once it serves; raises EngineStartError when it ends or ``deadline`` passes."""
         with httpx.Client(base_url=self.url, trust_env=False, timeout=25.0) as client:
             while not self._answers(client):
-                self.observe()
-                if self._child.poll() is not None:
-                    raise self._failure(f"ended with exit code {self._child.returncode}")
-                if time.monotonic() > deadline:
-                    raise self._failure(f"was not ready after {self.timeout:.0f} s")
-                time.sleep(0.2)
+                self.check_starting(deadline)
         self.observe()
+
+    def check_starting(self, deadline: float) -> None:
+        """One look at a server that is not ready yet, and a short sleep."""
+        assert self._child is not None
+        self.observe()
+        if self._child.poll() is not None:
+            raise self._failure(f"ended with exit code {self._child.returncode}")
+        if time.monotonic() > deadline:
+            raise self._failure(f"was not ready after {self.timeout:.0f} s")
+        time.sleep(0.2)
 
     def _answers(self, client: httpx.Client) -> bool:
         try:
@@ -238,6 +243,14 @@ class ServerProcess:
             psutil.wait_procs(list(self._processes), timeout=10)
             self._processes = {p for p in self._processes if self._alive(p)}
 
+    def wait(self, timeout: float) -> int | None:
+        """Wait for its end; the exit code, or None when it still runs after ``timeout`` seconds."""
+        assert self._child is not None, "the server was not started"
+        try:
+            return self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
     def terminate(self, timeout: float = 90.0) -> None:
         """End the server in good order: SIGTERM, and wait until it has gone.
 
@@ -249,10 +262,8 @@ class ServerProcess:
         self.observe()
         assert self._child is not None, "the server was not started"
         self._child.terminate()
-        try:
-            self._child.wait(timeout)
-        except subprocess.TimeoutExpired as error:
-            raise TimeoutError(f"the server outlived its SIGTERM by {timeout:.0f} s") from error
+        if self.wait(timeout) is None:
+            raise TimeoutError(f"the server outlived its SIGTERM by {timeout:.0f} s")
 
     def _alive(self, process: psutil.Process) -> bool:
         try:

@@ -1,0 +1,241 @@
+"""End to end on the real engine: what routes cost it, and how they reach a trainer.
+
+    python bench/engine.py throughput itl latency memory --json PATH [--quick] [--trace]
+    python bench/engine.py steady --json PATH
+
+Engines of three configurations (``engine_setup``) are started one after the other, in turns,
+each in a process of its own that runs every block asked for:
+
+    throughput   160 requests of 256 + 512 tokens; all finish in one step
+    unasked      the same, nobody asks for routes
+    itl          inter-token latency of 64 streams while requests of 8K and of 32K tokens finish
+                 beside them, singly and four in one step
+    latency      from the last token's response to the rows in a trainer process, and on its
+                 GPU, at 1K, 8K and 32K tokens, alone and with 64 streams beside
+    memory       of every process, the GPU and the arena, 160 records held
+    steady       320 requests of many lengths, finishes spread out; with prefill CUDA graphs
+
+With a GPU: Qwen3-30B-A3B's dimensions, random weights; an engine takes about a minute to start,
+and all blocks but steady 2 minutes more. Without one a tiny model shows that everything runs
+(``--quick``: 3 minutes). `engine_workloads` says how each load is timed, `engine_figures` how
+figures follow. ``--trace`` adds what the scheduler thread spends (`engine_trace`).
+
+``--raw FOLDER`` keeps each engine's measurements, and takes those that are there into the
+figures: alternating starts can be spread over several commands on one machine. The exit code is
+1 when a figure misses its budget, 2 when an engine failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine_figures import result_rows
+from engine_process import CPU_ENV, EngineStartError, ServerProcess
+from engine_setup import CONFIGURATIONS, has_gpu, write_model
+from engine_worker import Specification
+from result_file import exit_code, print_table, write
+
+import shmroute
+
+BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "steady")
+WORKER = Path(__file__).with_name("engine_worker.py")
+START_SECONDS = 240.0
+END_SECONDS = 10.0  # what killing an engine and writing the figures takes
+
+
+class WorkerProcess(ServerProcess):
+    """An ``engine_worker.py``, with `ServerProcess`'s way of leaving nothing behind."""
+
+    def __init__(self, specification: Specification, log: Path) -> None:
+        # Settings of the caller must not turn one configuration into another.
+        env = {name: "" for name in os.environ if name.startswith("SHMROUTE_")}
+        if not specification.gpu:
+            env |= CPU_ENV
+        super().__init__("", env=env, log=log, timeout=START_SECONDS, cpu=False)
+        self._specification = specification
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(WORKER), str(self._file())]
+
+    def _file(self) -> Path:
+        return Path(self._specification.result).with_suffix(".spec")
+
+    def start(self) -> None:
+        self._file().write_text(json.dumps(dataclasses.asdict(self._specification)))
+        super().start()
+
+    def wait_ready(self, deadline: float) -> None:
+        while not Path(self._specification.ready).exists():
+            self.check_starting(deadline)
+        self.observe()
+
+
+class Bench:
+    """One command: its engines, in turn."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self._options = options
+        self._folder = folder
+        self._raw = options.raw or folder / "raw"
+        self._raw.mkdir(parents=True, exist_ok=True)
+        self._logs = options.logs or folder
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self._gpu = has_gpu()
+        self._model = write_model(folder / "model", self._gpu)
+        self._began = time.monotonic()
+        self._longest = 0.0
+        self.arena = f"bench-engine-{os.getpid()}"
+        self.failed: list[str] = []
+
+    def run(self) -> None:
+        """Run an engine for each start that there is time for."""
+        for configuration in self._options.starts:
+            began = time.monotonic()
+            if self._longest > self._left():
+                self._say(f"{configuration}: no time left for another engine")
+                break
+            self._run_engine(configuration)
+            self._longest = max(self._longest, time.monotonic() - began)
+
+    def _run_engine(self, configuration: str) -> None:
+        number = len(list(self._raw.glob("*.json"))) + 1
+        name = f"{number:02}-{configuration}"
+        specification = Specification(
+            configuration=configuration,
+            blocks=tuple(self._options.blocks),
+            arena=self.arena,
+            model=str(self._model),
+            gpu=self._gpu,
+            quick=self._options.quick,
+            trace=self._options.trace,
+            prefill_graph="steady" in self._options.blocks,
+            result=str(self._raw / f"{name}.json"),
+            ready=str(self._folder / f"{name}.ready"),
+        )
+        log = self._logs / f"engine-{name}.log"
+        worker = WorkerProcess(specification, log)
+        try:
+            worker.start()
+            self._say(f"{name}: started in {worker.start_seconds:.0f} s")
+            code = worker.wait(max(1.0, self._left()))
+            if code is None:
+                self._say(f"{name}: cut off, the time is up")
+            elif code != 0:
+                tail = "\n".join(worker.log.splitlines()[-40:])
+                self._fail(f"{name}: exit code {code}; end of {log}:\n{tail}")
+            self._say(f"{name}: ended after {time.monotonic() - self._began:.0f} s in all")
+        except EngineStartError as error:
+            self._fail(f"{name}: {error}")
+        finally:
+            worker.stop()
+            shmroute.reap(self.arena, force=True)
+
+    def figures(self) -> list[dict[str, Any]]:
+        """What every engine measured, those of earlier commands in ``--raw`` included."""
+        return [json.loads(path.read_text()) for path in sorted(self._raw.glob("*.json"))]
+
+    def _left(self) -> float:
+        return self._options.seconds - END_SECONDS - (time.monotonic() - self._began)
+
+    def _fail(self, message: str) -> None:
+        self.failed.append(message)
+        self._say(message)
+
+    def _say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _starts(text: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    unknown = set(names) - set(CONFIGURATIONS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{sorted(unknown)} are none of {CONFIGURATIONS}")
+    return names
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("blocks", nargs="+", choices=BLOCKS, metavar="BLOCK")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="the result file")
+    parser.add_argument("--quick", action="store_true", help="shorter loads, each once")
+    parser.add_argument("--trace", action="store_true", help="time the scheduler thread's hooks")
+    parser.add_argument(
+        "--starts",
+        type=_starts,
+        default=None,
+        metavar="A,B,...",
+        help="engines, in order (off,arena,native,off,arena; with --quick each once)",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="start no engine that would end later"
+    )
+    parser.add_argument("--raw", type=Path, metavar="FOLDER", help="keeps every measurement")
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keeps every engine's log")
+    options = parser.parse_args()
+    if options.starts is None:
+        options.starts = ["off", "arena", "native"] + ["off", "arena"] * (not options.quick)
+    return options
+
+
+def _interrupted(number: int, _frame: Any) -> NoReturn:
+    """First Ctrl-C or SIGTERM: clean up. Further ones must not cut that short."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    options = _arguments()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupted)
+    folder = Path(tempfile.mkdtemp(prefix="shmroute-engine-"))
+    bench = Bench(options, folder)
+    try:
+        # An interruption still gets the figures of the engines that were through.
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(_report, bench, options)
+            bench.run()
+        rows = result_rows(bench.figures())
+    finally:
+        if bench.failed:
+            print(f"logs: {options.logs or folder}", file=sys.stderr)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return 2 if bench.failed else exit_code(rows)
+
+
+def _report(bench: Bench, options: argparse.Namespace) -> None:
+    rows = result_rows(bench.figures())
+    if not rows:
+        return
+    print_table(rows, "shmroute engine")
+    if options.json:
+        command = " ".join(["python bench/engine.py", *_shown(sys.argv[1:])])
+        write(options.json, "engine", command, rows)
+
+
+def _shown(words: list[str]) -> list[str]:
+    """The command line without its folders and the result file."""
+    shown, skip = [], False
+    for word in words:
+        if not skip and word not in ("--json", "--raw", "--logs", "--seconds"):
+            shown.append(word)
+        skip = word in ("--json", "--raw", "--logs", "--seconds")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

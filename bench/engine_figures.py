@@ -1,0 +1,326 @@
+"""From what the workers of ``engine.py`` wrote to the rows of its result file.
+
+Every run is one engine start. A figure of a configuration is the median over its loads, over
+all its starts; a ratio is that of two such medians, taken from starts that alternate. Budgets
+hold on a GPU only: on a CPU the numbers show that the way works, not how fast.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import engine_memory
+import numpy as np
+from engine_setup import CONFIGURATIONS
+from result_file import Row, Sense
+
+MS, US, MIB = 1e3, 1e6, 1 / 2**20
+ROUTED = tuple(name for name in CONFIGURATIONS if name != "off")
+STEPS_SHOWN = (1, 4, 160)  # finished requests in one step
+LONGEST_HOST_DELIVERY_MS, LONGEST_CUDA_DELIVERY_MS = 1.5, 2.5
+
+Run = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Figures:
+    """Collects rows from all runs."""
+
+    runs: Sequence[Run]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def gpu(self) -> bool:
+        return any(run["gpu"] for run in self.runs)
+
+    def add(
+        self, name: str, value: float, unit: str, budget: float | None = None, sense: Sense = "max"
+    ) -> None:
+        if budget is None or not self.gpu:
+            self.rows.append(Row(name, float(value), unit))
+        else:
+            self.rows.append(Row(name, float(value), unit, budget, sense))
+
+    def always(self, name: str, value: float, unit: str, budget: float) -> None:
+        """A figure whose budget does not depend on the machine."""
+        self.rows.append(Row(name, float(value), unit, budget, "max"))
+
+    def of(self, configuration: str) -> Iterable[Run]:
+        return (run for run in self.runs if run["configuration"] == configuration)
+
+    def loads(self, configuration: str, block: str) -> list[Any]:
+        return [load for run in self.of(configuration) for load in run.get(block, ())]
+
+    def traces(self, configuration: str, *blocks: str) -> list[Any]:
+        return [one for one in self.loads(configuration, "trace") if one["block"] in blocks]
+
+
+def result_rows(runs: Sequence[Run]) -> list[Row]:
+    """All figures that these runs allow."""
+    figures = Figures(runs)
+    for part in (
+        _starts, _throughput, _steady, _inter_token, _latency, _bytes, _memory, _counters, _hooks,
+        _finishes,
+    ):  # fmt: skip
+        part(figures)
+    return figures.rows
+
+
+def _starts(figures: Figures) -> None:
+    for name in CONFIGURATIONS:
+        starts = [run["start_seconds"] for run in figures.of(name)]
+        if starts:
+            figures.add(f"{name}: engines started", len(starts), "")
+            figures.add(f"{name}: start, median", statistics.median(starts), "s")
+
+
+# -- tokens per second ---------------------------------------------------------------------------
+
+
+def _throughput(figures: Figures) -> None:
+    _rates(figures, "throughput", "all finish in one step", 99.8)
+    for name in ROUTED:
+        rates = [load["tokens_per_second"] for load in figures.loads(name, "unasked")]
+        if rates:
+            figures.add(f"{name}, nobody asks: output", statistics.median(rates), "tok/s")
+
+
+def _steady(figures: Figures) -> None:
+    _rates(figures, "steady", "finishes spread out", None)
+
+
+def _rates(figures: Figures, block: str, what: str, budget: float | None) -> None:
+    medians = {}
+    for name in CONFIGURATIONS:
+        rates = [load["tokens_per_second"] for load in figures.loads(name, block)]
+        if rates:
+            medians[name] = statistics.median(rates)
+            figures.add(f"{name}, {what}: output", medians[name], "tok/s")
+            figures.add(f"{name}, {what}: spread of {len(rates)}", _spread(rates), "%")
+    for name in ROUTED:
+        if name in medians and "off" in medians:
+            share = 100 * medians[name] / medians["off"]
+            limit = budget if name == "arena" else None
+            figures.add(f"{name} / off, {what}: output", share, "%", limit, "min")
+
+
+def _spread(values: Sequence[float]) -> float:
+    return 100 * (max(values) - min(values)) / statistics.median(values)
+
+
+# -- inter-token latency -------------------------------------------------------------------------
+
+QUANTILES: tuple[tuple[str, Callable[[Any], float], float | None], ...] = (
+    ("p50", lambda gaps: float(np.percentile(gaps, 50)), None),
+    ("p99", lambda gaps: float(np.percentile(gaps, 99)), 1.02),
+    ("p99.9", lambda gaps: float(np.percentile(gaps, 99.9)), None),
+    ("max", lambda gaps: float(np.max(gaps)), 1.1),
+)
+
+
+def _inter_token(figures: Figures) -> None:
+    names = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("itl", ()))
+    for length in names:
+        for quantile, of, limit in QUANTILES:
+            medians = {}
+            for name in CONFIGURATIONS:
+                loads = [one for one in figures.loads(name, "itl") if one["name"] == length]
+                each = [of(load["gaps"]) for load in loads if load["gaps"]]
+                if not each:
+                    continue
+                medians[name] = statistics.median(each)
+                what = f"{name}, {length} requests finish: ITL {quantile}"
+                figures.add(f"{what}, median of {len(each)} runs", medians[name], "ms")
+                if quantile == "max":
+                    figures.add(f"{what}, worst run", max(each), "ms")
+            for name in ROUTED:
+                if name in medians and "off" in medians:
+                    budget = limit if name == "arena" else None
+                    ratio = medians[name] / medians["off"]
+                    what = f"{name} / off, {length} requests finish: ITL {quantile}"
+                    figures.add(what, ratio, "x", budget)
+
+
+# -- from the last token to the rows -------------------------------------------------------------
+
+
+def _latency(figures: Figures) -> None:
+    lengths = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("latency", ()))
+    limits = {"host": STEPS_SHOWN = (1, 4, 160)  # finished requests in one step
+LONGEST_HOST_DELIVERY_MS, "cuda": LONGEST_CUDA_DELIVERY_MS}
+    for length in lengths:
+        for beside in (False, True):
+            where = f"{length}, {'streams beside' if beside else 'alone'}"
+            for name in CONFIGURATIONS:
+                loads = [
+                    one
+                    for one in figures.loads(name, "latency")
+                    if one["name"] == length and one["beside"] == beside
+                ]
+                if not loads:
+                    continue
+                late = statistics.median(load["last_gap"] for load in loads)
+                figures.add(f"{name}, {where}: last chunk later than usual", late * MS, "ms")
+                for place, limit in limits.items():
+                    _deliveries(figures, name, where, loads, place, limit)
+
+
+def _deliveries(
+    figures: Figures, name: str, where: str, loads: Sequence[Any], place: str, limit: float
+) -> None:
+    here = [load for load in loads if load["place"] == place and "delivery" in load]
+    if not here:
+        return
+    to = "trainer" if place == "host" else "trainer's GPU"
+    times = [load["delivery"] * MS for load in here]
+    budget = limit if name == "arena" else None
+    what = f"{name}, {where}: from response to rows in the {to}"
+    figures.add(f"{what}, p50", statistics.median(times), "ms", budget)
+    figures.add(f"{what}, max of {len(times)}", max(times), "ms")
+    inside = statistics.median(load["in_trainer"] for load in here) * MS
+    figures.add(f"{what}, spent in the trainer", inside, "ms")
+
+
+# -- bytes ---------------------------------------------------------------------------------------
+
+
+def _bytes(figures: Figures) -> None:
+    sizes: dict[tuple[str, str], int] = {}
+    for name in ROUTED:
+        for load in figures.loads(name, "latency"):
+            key = name, load["name"]
+            sizes[key] = max(sizes.get(key, 0), load["route_bytes"])
+        for load in figures.loads(name, "itl"):
+            for size in load["route_bytes"]:
+                sizes[name, load["name"]] = size
+        for load in figures.loads(name, "throughput"):
+            for size in load["route_bytes"]:
+                sizes[name, "batch"] = size
+    for (name, length), size in sorted(sizes.items()):
+        what = f"{name}, {length}: response bytes for routes"
+        if name == "arena":
+            figures.always(what, size, "B", 350)
+        else:
+            figures.add(what, size, "B")
+
+
+def _memory(figures: Figures) -> None:
+    for name in CONFIGURATIONS:
+        for run in figures.of(name):
+            if "memory" in run:
+                _memory_of(figures, name, run)
+                break  # every start of a configuration reads the same
+
+
+def _memory_of(figures: Figures, name: str, run: Run) -> None:
+    reading = run["memory"]
+    scheduler = engine_memory.scheduler(reading)
+    for what, process in (("scheduler", scheduler), ("main process", reading["main"])):
+        for field_name in ("VmRSS", "Pss", "VmHWM", "RssShmem", "VmLck", "VmPin"):
+            if field_name in process:
+                value = process[field_name] * MIB
+                figures.add(f"{name}, {what}: {field_name}", value, "MiB")
+    total = sum(one.get("Pss", 0) for one in (reading["main"], *reading["children"]))
+    figures.add(f"{name}, all processes: Pss", total * MIB, "MiB")
+    if reading["gpu_used"] is not None:
+        figures.add(f"{name}, GPU in use", reading["gpu_used"] * MIB, "MiB")
+    if reading["arena"]:
+        arena = reading["arena"]
+        figures.add("arena, taken in /dev/shm", arena["taken"] * MIB, "MiB")
+        figures.add("arena, route table", arena["table"] * MIB, "MiB")
+        held = arena["in_use"] / reading["rows_held"]
+        figures.add(f"arena, bytes held a row, {reading['rows_held']} rows", held, "B")
+    for trace in run.get("trace", ()):
+        if trace["block"] == "memory":
+            for kind in ("pinned_bytes", "gpu_bytes"):
+                for value in trace[kind]:
+                    label = "page-locked by torch" if kind == "pinned_bytes" else "GPU, by torch"
+                    figures.add(f"{name}, scheduler: {label}", value * MIB, "MiB")
+
+
+def _counters(figures: Figures) -> None:
+    every = [run["counters"] for run in figures.of("arena") if run.get("counters")]
+    if not every:
+        return
+    total = {name: sum(counters[name] for counters in every) for name in every[0]}
+    ended = ("ticketed", "inline", "failed_requests", "no_routes")
+    for name in ("finished", *ended, "tags_checked"):
+        figures.add(f"arena: {name}", total[name], "")
+    figures.always("arena: tags_wrong", total["tags_wrong"], "", 0)
+    figures.always("arena: inline_full", total["inline_full"], "", 0)
+    figures.always("arena: hook_errors", total["hook_errors"], "", 0)
+    astray = abs(total["finished"] - sum(total[name] for name in ended))
+    figures.always("arena: finished, less all that became of them", astray, "", 0)
+
+
+# -- the scheduler thread ------------------------------------------------------------------------
+
+
+def _hooks(figures: Figures) -> None:
+    """Seconds of every decode step, finishes left out."""
+    for name in CONFIGURATIONS:
+        traces = figures.traces(name, "throughput", "itl", "latency_beside")
+        parts = {
+            kind: [seconds for trace in traces for seconds in trace[kind]]
+            for kind in ("forward_begin", "forward_end", "finalize", "idle_flush")
+        }
+        total = sum(statistics.median(seconds) for seconds in parts.values() if seconds)
+        if not total:
+            continue
+        for kind, seconds in parts.items():
+            if seconds:
+                what = f"{name}, scheduler thread, decode step: {kind} p50"
+                figures.add(what, statistics.median(seconds) * US, "us")
+        budget = 50 if name == "arena" else None
+        figures.add(f"{name}, scheduler thread, decode step: all", total * US, "us", budget)
+
+
+def _finishes(figures: Figures) -> None:
+    """What finished requests cost the scheduler thread, by length and in one step."""
+    costs: dict[tuple[str, str], float] = {}
+    for name in ROUTED:
+        traces = figures.traces(name, "itl", "latency", "latency_beside", "throughput", "memory")
+        by_length: dict[str, list[float]] = {}
+        for trace in traces:
+            for tokens, seconds in trace["finished"]:
+                by_length.setdefault(_length(tokens), []).append(seconds)
+        for length, seconds in by_length.items():
+            what = f"{name}, scheduler thread, one finished request of {length}: collect"
+            arena = name == "arena"
+            p50, p99 = np.percentile(seconds, (50, 99))
+            figures.add(f"{what} p50", p50 * US, "us", 100 if arena else None)
+            figures.add(f"{what} p99 of {len(seconds)}", p99 * US, "us", 300 if arena else None)
+        _steps(figures, name, traces, costs)
+    for length in dict.fromkeys(length for _, length in costs):
+        if ("native", length) in costs and ("arena", length) in costs:
+            ratio = costs["native", length] / costs["arena", length]
+            what = f"native gather + send / arena collect + flush, {length}"
+            figures.add(what, ratio, "x", 500 if length == "32K" else None, "min")
+
+
+def _steps(
+    figures: Figures, name: str, traces: Sequence[Any], costs: dict[tuple[str, str], float]
+) -> None:
+    """Steps by how many requests finish in them; fills ``costs`` with those of single ones."""
+    steps: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for trace in traces:
+        for count, tokens, collecting, sending in trace["steps"]:
+            steps.setdefault((count, _length(tokens)), []).append((collecting, sending))
+    for (count, length), pairs in sorted(steps.items()):
+        if count not in STEPS_SHOWN:
+            continue
+        collecting, sending = np.median(np.array(pairs), axis=0)
+        what = f"{name}, scheduler thread, step with {count} finished of {length}"
+        budget = 3 if name == "arena" and count == 160 else None
+        figures.add(f"{what}: collect + flush p50", collecting * MS, "ms", budget)
+        figures.add(f"{what}: send p50", sending * MS, "ms")
+        if count == 1:
+            costs[name, length] = collecting + (sending if name == "native" else 0.0)
+
+
+def _length(tokens: float) -> str:
+    """Classes of lengths: 768 tokens are 1K, 8,350 are 8K."""
+    return f"{round(tokens / 1024)}K" if tokens > 700 else "under 700 tokens"

@@ -1,0 +1,79 @@
+"""Memory of an engine's processes, of its GPU and of its arena, as the kernel and driver say.
+
+``VmPin`` and ``VmLck`` do not show what CUDA page-locks; ``torch.cuda.host_memory_stats`` in the
+scheduler (see ``engine_trace``) and the arena's size do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shmroute import inspection
+
+FIELDS = ("VmRSS", "VmHWM", "RssAnon", "RssShmem", "VmLck", "VmPin")
+
+
+def of_process(pid: int) -> dict[str, Any]:
+    """Bytes by field of /proc/PID/status, the proportional set size, and what it runs."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name in FIELDS:
+                found[name] = int(value.split()[0]) * 1024
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                found["Pss"] = int(line.split()[1]) * 1024
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        found["runs"] = words[0].decode(errors="replace").rpartition("/")[2]
+    return found
+
+
+def of_engine(arena: str | None) -> dict[str, Any]:
+    """This process and its children, GPU and arena."""
+    children = [child.pid for child in psutil.Process().children(recursive=True)]
+    return {
+        "main": of_process(psutil.Process().pid),
+        "children": [of_process(pid) for pid in children],
+        "gpu_used": _gpu_used(),
+        "arena": _of_arena(arena) if arena else {},
+    }
+
+
+def scheduler(reading: dict[str, Any]) -> dict[str, Any]:
+    """The engine's largest process: SGLang names it ``sglang::scheduler``."""
+    named = [one for one in reading["children"] if "scheduler" in one.get("runs", "")]
+    return max(named or reading["children"], key=lambda one: one.get("VmRSS", 0), default={})
+
+
+def counters(arena: str) -> dict[str, int]:
+    """Counters of the live arena of this name."""
+    for report in inspection.inspect_all(arena):
+        if report.counters:
+            return report.counters
+    return {}
+
+
+def _of_arena(arena: str) -> dict[str, Any]:
+    reports = [report for report in inspection.inspect_all(arena) if report.counters]
+    if not reports:
+        return {}
+    return {
+        "taken": reports[0].taken_bytes,
+        "in_use": reports[0].counters["heap_bytes_in_use"],
+        "table": reports[0].counters["table_bytes"],
+    }
+
+
+def _gpu_used() -> int | None:
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return int(done.stdout.split()[0]) << 20
