@@ -1,0 +1,291 @@
+"""Page-locking: let the copy engine of a GPU read and write a range of this process's memory.
+
+Problem
+    A copy between a GPU and ordinary memory goes through a buffer of the driver's (12 GB/s on
+    an H100), and the caller waits for it. From page-locked memory it runs by itself, at the
+    speed of PCIe (52 to 54 GB/s). torch's own page-locked allocator cannot lock a mapping that
+    exists, and rounds what it allocates up to a power of two (20.4 GiB become 32).
+
+States of a ``PageLock``, and who moves them::
+
+    NEW --start/run--> LOCKING --granted--> LOCKED --close--> CLOSED
+     |                    |
+     |                    +----refused----> REFUSED   (one warning; copies stay pageable)
+     +----------------------close---------------------> CLOSED
+
+Races, and where they are closed
+    - close while the driver is locking: it waits, since the range is unmapped next.
+    - two closes: the second returns when the first has unregistered.
+    - close out of a finaliser that the collector runs on the locking thread itself, which
+      cannot wait for itself: the thread finds CLOSED and takes back what it got.
+    - fork: the registration is the parent's. In a child nothing is ready, and closing does
+      nothing.
+    - a CUDA graph that another thread captures meanwhile: see ``relaxed_capture``.
+    - the interpreter ends while the driver is locking: a daemon thread that wants the GIL back
+      then is ended inside C++, which aborts the process; so the end waits for it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import enum
+import logging
+import mmap
+import os
+import resource
+import sys
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cuda_runtime import clear_error, relaxed_capture
+
+logger = logging.getLogger("shmroute")
+
+_PORTABLE, _MAPPED, _READ_ONLY = 0x1, 0x2, 0x8  # cudaHostRegister...
+_SECONDS_AT_EXIT = 10.0
+
+
+class _State(enum.Enum):
+    NEW = enum.auto()
+    LOCKING = enum.auto()
+    LOCKED = enum.auto()
+    REFUSED = enum.auto()
+    CLOSED = enum.auto()
+
+
+class PageLock:
+    """One range of memory, page-locked for every CUDA device in one registration.
+
+    In one, since a copy that spans two registrations fails. Any thread may call any method.
+    Whoever owns the mapping calls ``close`` before it is unmapped.
+
+    Parameters
+    ----------
+    address, size
+        The range; it is widened to whole pages, which a mapping always consists of.
+    what
+        What lies there, for the log.
+    read_only
+        The range is mapped ``PROT_READ``. Not every driver registers such memory.
+    device
+        The CUDA device whose context registers it; None: the one that is current at
+        ``start`` or ``run``.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        size: int,
+        *,
+        what: str,
+        read_only: bool = False,
+        device: int | None = None,
+    ) -> None:
+        if address <= 0 or size <= 0:
+            raise ValueError(f"{size} bytes at {address:#x} cannot be page-locked")
+        self._address = address & -mmap.PAGESIZE
+        self._size = (address + size - self._address + mmap.PAGESIZE - 1) & -mmap.PAGESIZE
+        self._what = what
+        self._read_only = read_only
+        self._device = device
+        self._pid = os.getpid()
+        self._state = _State.NEW
+        self._refused: str | None = None
+        # Reentrant: the collector may run an owner's finaliser, and so ``close``, anywhere.
+        self._guard = threading.RLock()
+        self._settled = threading.Event()
+        self._locking_thread: int | None = None
+
+    def start(self) -> None:
+        """Begin in a thread of its own and return at once; again does nothing."""
+        if self._begin():
+            thread = threading.Thread(target=self._settle, name="shmroute-page-lock", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the limit of threads
+                self._finish(f"no thread for it: {error}")
+
+    def run(self) -> bool:
+        """The same on the calling thread; True when the range is locked now."""
+        if self._begin():
+            self._settle()
+        return self.wait()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the range is locked now."""
+        return self._state is _State.LOCKED and os.getpid() == self._pid
+
+    @property
+    def refused(self) -> str | None:
+        """Why it could not be locked."""
+        return self._refused
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until a lock that was begun is granted, refused or closed; whether it is locked."""
+        if self._state is not _State.NEW and os.getpid() == self._pid:
+            self._settled.wait(timeout)
+        return self.ready
+
+    def close(self) -> None:
+        """Unlock the range, after waiting for a locking under way. Again does nothing."""
+        if os.getpid() != self._pid or sys.is_finalizing():
+            return  # the parent's; or the process ends, and the kernel unlocks
+        with self._guard:
+            if self._state is _State.NEW:
+                self._state = _State.CLOSED
+                self._settled.set()
+            if self._locking_thread == threading.get_ident():
+                self._state = _State.CLOSED
+                return
+        self._settled.wait()
+        with self._guard:
+            if self._state is _State.LOCKED:
+                self._state = _State.CLOSED
+                self._unregister()
+
+    # -- locking ---------------------------------------------------------------------------
+
+    def _begin(self) -> bool:
+        with self._guard:
+            if self._state is not _State.NEW:
+                return False
+            if self._device is None:
+                # Not ``current_device()`` by itself, which would set CUDA up and take seconds.
+                initialised = torch.cuda.is_initialized()
+                self._device = torch.cuda.current_device() if initialised else 0
+            self._pid = os.getpid()
+            self._state = _State.LOCKING
+            _under_way.add(self)
+            return True
+
+    def _settle(self) -> None:
+        self._locking_thread = threading.get_ident()
+        try:
+            refused = self._register()
+        except Exception as error:  # no driver, no device, a fork: torch has many types for it
+            refused = f"{type(error).__name__}: {error}"
+        self._finish(refused)
+
+    def _finish(self, refused: str | None) -> None:
+        with self._guard:
+            self._locking_thread = None
+            if self._state is _State.CLOSED:
+                if refused is None:
+                    self._unregister()
+            else:
+                self._refused = refused
+                self._state = _State.LOCKED if refused is None else _State.REFUSED
+        _under_way.discard(self)
+        self._settled.set()
+        if self._state is _State.REFUSED:
+            logger.warning("%s", self._explanation())
+
+    def _register(self) -> str | None:
+        """Register the range; None, or what the driver said against it."""
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self._device), relaxed_capture():
+            said = []
+            for flags in self._flags():
+                if self._state is _State.CLOSED:
+                    return "closed before it was locked"
+                code = runtime.cudaHostRegister(self._address, self._size, flags)
+                if code == runtime.cudaError.success:
+                    return None
+                clear_error()
+                said.append(f"cudaHostRegister with flags {flags:#x}: {_name(code)}")
+        return "; ".join(said)
+
+    def _flags(self) -> tuple[int, ...]:
+        flags = _PORTABLE | _MAPPED
+        # A driver that walks the host's page tables (GH200) takes read-only memory without the
+        # flag and refuses the flag; every other needs it.
+        return (flags | _READ_ONLY, flags) if self._read_only else (flags,)
+
+    def _unregister(self) -> None:
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self._device), relaxed_capture():
+            code = runtime.cudaHostUnregister(self._address)
+            if code != runtime.cudaError.success:
+                clear_error()
+                logger.error("%s: cudaHostUnregister: %s", self._what, _name(code))
+
+    def _explanation(self) -> str:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        allowed = "no limit" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
+        driver = ", or a driver that registers read-only mappings" if self._read_only else ""
+        return (
+            f"{self._what}: its {self._size} bytes could not be page-locked "
+            f"({self._refused}); copies to and from a GPU go at pageable speed. Limit of locked "
+            f"memory: {allowed}. Remedy: raise it (ulimit -l unlimited, docker run --ulimit "
+            f"memlock=-1){driver}"
+        )
+
+
+def _name(code: Any) -> str:
+    return f"{torch.cuda.cudart().cudaGetErrorString(code)} ({int(code)})"
+
+
+_under_way: weakref.WeakSet[PageLock] = weakref.WeakSet()
+
+
+def _wait_at_exit() -> None:
+    for lock in list(_under_way):
+        lock.wait(_SECONDS_AT_EXIT)
+
+
+atexit.register(_wait_at_exit)
+
+
+def pinned_tensor(
+    nbytes: int, *, what: str = "host memory", device: int | None = None
+) -> torch.Tensor:
+    """Page-locked host memory of exactly this size, zeroed.
+
+    The tensor's storage owns mapping and lock: both go with the last view of it, the lock
+    first. Where locking is refused (a warning says so) the memory is pageable, and
+    ``is_pinned()`` of the tensor is False.
+
+    Parameters
+    ----------
+    nbytes
+        Size, at least 1.
+    what
+        What it is for, for the log.
+    device
+        See ``PageLock``.
+
+    Returns
+    -------
+    torch.Tensor
+        ``uint8 [nbytes]``.
+    """
+    return torch.from_numpy(np.asarray(_LockedMemory(nbytes, what, device)))
+
+
+class _LockedMemory:
+    """Owner of an anonymous mapping and of its lock, for NumPy's array interface."""
+
+    def __init__(self, nbytes: int, what: str, device: int | None) -> None:
+        if nbytes < 1:
+            raise ValueError(f"{nbytes} bytes of host memory")
+        # Shared, so that a fork neither copies the locked pages nor moves ours elsewhere.
+        self._mapping = mmap.mmap(-1, nbytes)
+        address = np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        self._lock = PageLock(address, nbytes, what=what, device=device)
+        self._lock.run()
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+        }
+
+    def __del__(self) -> None:
+        lock = getattr(self, "_lock", None)
+        if lock is not None:
+            lock.close()
