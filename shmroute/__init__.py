@@ -8,10 +8,13 @@
         routes.numpy()                        # [tokens, moe_layers, top_k], zero-copy
         routes.release()
 
+    shmroute.read_batch(tickets, device="cuda")  # packed [sum(tokens), layers, top_k]; needs torch
+
 See ``reader`` for reading, ``arena`` for writing, ``layout`` for the bytes.
 """
 
 from .arena import Arena
+from .batch import RouteBatch, read_batch
 from .errors import (
     ArenaFull,
     ArenaNotFound,
@@ -48,6 +51,7 @@ __all__ = [
     "LeaseUnavailable",
     "NotOnThisNode",
     "RouteArray",
+    "RouteBatch",
     "RouteFailed",
     "RouteGone",
     "RouteLayout",
@@ -57,6 +61,7 @@ __all__ = [
     "ShmRouteReader",
     "WeightRun",
     "WriterDied",
+    "read_batch",
     "reap",
     "release",
 ]

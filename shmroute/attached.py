@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,11 @@ from . import segments
 from .errors import ArenaNotFound, LayoutMismatch
 from .leases import SharedLeases
 from .memory import ArenaMemory
+from .reaper import is_alive
 from .segments import SegmentName
+
+if TYPE_CHECKING:
+    from .pinned import PageLock
 
 # A directory change within one tick of the file system's clock does not show in its mtime.
 _MTIME_GRAIN_NS = 20_000_000
@@ -26,6 +31,7 @@ class AttachedArena:
     """A mapped arena and this process's leases on it."""
 
     def __init__(self, memory: ArenaMemory) -> None:
+        self._page_lock: PageLock | None = None
         self.memory = memory
         self.leases = SharedLeases(memory.segment.lease_file)
 
@@ -36,6 +42,39 @@ class AttachedArena:
     def slots_of(self, hash_value: np.uint64) -> list[int]:
         """Slots whose rid hash is this one: a hint, to be checked under a lease."""
         return np.flatnonzero(self.memory.hashes == hash_value).tolist()
+
+    def page_locked(self, device: int) -> bool:
+        """Whether CUDA may read the heap by itself now; the first call has it page-locked.
+
+        That takes its time (the more, the larger the arena) and happens in the background.
+        Needs torch.
+        """
+        if self._page_lock is None:
+            self._begin_page_lock(device)
+        return self._page_lock is not None and self._page_lock.ready
+
+    def _begin_page_lock(self, device: int) -> None:
+        from .pinned import PageLock
+
+        if not is_alive(self.segment):
+            return  # locking would fill the holes that its heap has, or is about to get
+        memory = self.memory
+        with _lock:
+            if self._page_lock is None:
+                self._page_lock = PageLock(
+                    memory.heap_address,
+                    memory.description.heap_bytes,
+                    what=f"arena {self.segment.data}",
+                    read_only=True,
+                    device=device,
+                )
+        self._page_lock.start()
+
+    def __del__(self) -> None:
+        # Before the mapping goes, and after the last view: each keeps this object.
+        lock = getattr(self, "_page_lock", None)
+        if lock is not None:
+            lock.close()
 
 
 _lock = threading.Lock()
@@ -112,10 +151,11 @@ def _segments() -> list[SegmentName]:
         return _listing
     settled = time.time_ns() - changed > _MTIME_GRAIN_NS  # before the listing, not after
     listing = [segment for segment in segments.list_segments() if not segment.temporary]
+    forgotten = []  # unlocking and unmapping them takes its time: not under the lock
     with _lock:
         present = {segment.base for segment in listing}
         for base in [base for base in _attached if base not in present]:
-            del _attached[base]
+            forgotten.append(_attached.pop(base))
         _listing, _listed_at = listing, changed if settled else -1
     return listing
 

@@ -308,13 +308,33 @@ class ShmRouteReader:
             return self._inline
         return views.route_array(self._leased(), self.ticket)
 
-    def torch(self) -> Any:
-        """The same as a CPU tensor; zero-copy. torch cannot mark it read-only: do not write."""
-        import torch
+    def torch(self, device: Any = None, *, dtype: Any = None) -> Any:
+        """The same as a tensor.
 
+        Parameters
+        ----------
+        device
+            None or a CPU: zero-copy, and torch cannot mark it read-only: do not write. A
+            CUDA device: a copy, see ``read_batch``.
+        dtype
+            ``torch.int32`` or ``torch.int64`` (a copy), or None: as stored.
+        """
+        if dtype is None and device is None:
+            return self._cpu_tensor()
+        from . import batch
+
+        return batch.tensor_of(self, device, dtype)
+
+    def _cpu_tensor(self) -> Any:
         if self._inline is not None:
+            import torch
+
             return torch.from_numpy(self._inline.copy())
         return views.as_tensor(self._leased())
+
+    def stored(self) -> views.LeasedRows | npt.NDArray[Any]:
+        """The rows with what keeps them: their lease, or of an inline record the array."""
+        return self._leased() if self._inline is None else self._inline
 
     def native(self) -> npt.NDArray[np.int32]:
         """``int32 [tokens, all decoder layers, top_k]``, as SGLang returns natively (a copy).

@@ -32,7 +32,7 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
     """
     released = 0
     failures: list[ShmRouteError] = []
-    for source in _as_many(sources):
+    for source in as_many(sources):
         try:
             with ShmRouteReader(source, arena=arena, timeout=timeout, allow_missing=True) as routes:
                 routes.release()
@@ -50,6 +50,7 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
     return released
 
 
-def _as_many(sources: Any) -> Iterable[Any]:
+def as_many(sources: Any) -> Iterable[Any]:
+    """One source or several, as several."""
     single = isinstance(sources, str | bytes | bytearray | memoryview | dict)
     return [sources] if single else sources

@@ -117,8 +117,8 @@ def _map_again(
     return result
 
 
-def as_tensor(rows: LeasedRows) -> Any:
-    """A torch tensor over the rows; it and its views keep the lease.
+def as_tensor(rows: LeasedRows | npt.NDArray[Any]) -> Any:
+    """A torch tensor over the rows; it and its views keep the lease, or the array.
 
     torch has no read-only tensors: writing into this one is a segmentation fault. Nothing
     is copied. ``uint16`` rows need torch >= 2.3.
@@ -132,6 +132,8 @@ def as_tensor(rows: LeasedRows) -> Any:
 class _Writable:
     """The same rows without the read-only mark, which torch would only warn about."""
 
-    def __init__(self, rows: LeasedRows) -> None:
+    def __init__(self, rows: LeasedRows | npt.NDArray[Any]) -> None:
         self._rows = rows
-        self.__array_interface__ = dict(rows.__array_interface__, data=(rows.address, False))
+        interface: dict[str, Any] = dict(rows.__array_interface__)
+        interface["data"] = (interface["data"][0], False)
+        self.__array_interface__ = interface

@@ -1,0 +1,52 @@
+"""Which layers of a record a trainer takes: positions on axis 1, as runs of neighbours."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """Positions ``[first, end)`` of a source, which begin at ``to`` in the result."""
+
+    to: int
+    first: int
+    end: int
+
+
+def positions(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]:
+    """The positions that a user asks for, of ``count`` that there are.
+
+    Raises
+    ------
+    ValueError
+        None at all, one twice, or one that is not there. A slice may not reach beyond the
+        end, as Python's may: a pipeline stage would get fewer layers than it has.
+    """
+    if layers is None:
+        return range(count)
+    if isinstance(layers, slice):
+        bounds = [bound for bound in (layers.start, layers.stop) if bound is not None]
+        if any(not -count <= operator.index(bound) <= count for bound in bounds):
+            raise ValueError(f"layers {layers} of records with {count} MoE layers")
+        chosen: Sequence[int] = range(count)[layers]
+    else:
+        asked = [operator.index(position) for position in layers]
+        if any(not -count <= position < count for position in asked):
+            raise ValueError(f"layers {asked} of records with {count} MoE layers")
+        chosen = [position % count for position in asked]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers {layers} are none at all, or hold one twice: {list(chosen)}")
+    return chosen
+
+
+def runs(chosen: Sequence[int]) -> tuple[Run, ...]:
+    """Join positions that follow one another."""
+    found: list[Run] = []
+    for to, position in enumerate(chosen):
+        if found and found[-1].end == position:
+            found[-1] = found[-1]._replace(end=position + 1)
+        else:
+            found.append(Run(to, position, position + 1))
+    return tuple(found)

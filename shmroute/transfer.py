@@ -1,0 +1,239 @@
+"""Pack rows of several records into one tensor, on the CPU or on a GPU.
+
+To a GPU the bytes cross PCIe as they are stored, one or two a route, and become int32 or int64
+there. How they cross, and why:
+
+whole rows, page-locked arena
+    The copy engine takes each record where it lies: PCIe's speed, and the CPU does nothing.
+some layers, page-locked arena
+    A kernel reads them through the mapping, in words of up to 8 bytes, so that only those
+    layers cross. The copy engine could do it, too (``cudaMemcpy2DAsync``), but is slow on narrow
+    pieces, and 12 layers of top-8 are 96 bytes: torch used it for strided copies and took it
+    back, since some were over 1000 times slower (pytorch PR 153176). Whole rows, cut on the
+    GPU, would cross with four times the bytes for a fourth of the layers. ``copy_`` of a
+    strided CPU tensor packs it on the CPU first, into pageable memory.
+anything else
+    An arena that is not locked yet or could not be, and inline records: the CPU packs the
+    layers into a page-locked piece, and the copy engine takes it while the next is packed.
+
+All of it runs on the current stream of the device. Leases are kept by ``inflight``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from . import inflight, views
+from .selection import Run
+
+logger = logging.getLogger("shmroute")
+
+Rows = views.LeasedRows | npt.NDArray[Any]
+
+# At PCIe's speed 150 us: long beside what it takes to start a copy.
+_PIECE_BYTES = 8 << 20
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+
+def pack(
+    records: Sequence[Rows],
+    runs: Sequence[Run],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """Concatenate layers of records along axis 0.
+
+    Parameters
+    ----------
+    records
+        Rows ``[tokens, layers, top_k]`` of one shape but for the tokens, and of one dtype.
+    runs
+        The layers, in the order of the result.
+    device
+        The CPU, or a CUDA device with its index.
+    dtype
+        int32, int64, or None: as stored, uint8 or uint16.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[sum(tokens), sum of the runs, top_k]``, contiguous. On a CUDA device the copies may
+        still be in flight: the current stream is behind them.
+
+    Raises
+    ------
+    RuntimeError
+        A CUDA graph is being captured; or what torch says, without memory for instance.
+    """
+    sources = [views.as_tensor(rows) for rows in records]
+    if device.type == "cpu":
+        return _pack_on_cpu(sources, runs, dtype)
+    return _pack_on_gpu(records, sources, runs, device, dtype)
+
+
+def _shape(sources: Sequence[torch.Tensor], runs: Sequence[Run]) -> tuple[int, int, int]:
+    tokens = sum(source.shape[0] for source in sources)
+    return tokens, sum(run.end - run.first for run in runs), sources[0].shape[2]
+
+
+def _places(sources: Sequence[torch.Tensor]) -> Iterator[slice]:
+    """Where on axis 0 of the result each record goes."""
+    first = 0
+    for source in sources:
+        yield slice(first, first + source.shape[0])
+        first += source.shape[0]
+
+
+def _copy(source: torch.Tensor, runs: Sequence[Run], target: torch.Tensor) -> None:
+    """Copy runs of axis 1; asynchronous where the two lie in memory that allows it."""
+    for to, first, end in runs:
+        target[:, to : to + end - first].copy_(source[:, first:end], non_blocking=True)
+
+
+def _pack_on_cpu(
+    sources: Sequence[torch.Tensor], runs: Sequence[Run], dtype: torch.dtype | None
+) -> torch.Tensor:
+    packed = torch.empty(_shape(sources, runs), dtype=dtype or sources[0].dtype)
+    for place, source in zip(_places(sources), sources, strict=True):
+        _copy(source, runs, packed[place])
+    return packed
+
+
+def _pack_on_gpu(
+    records: Sequence[Rows],
+    sources: Sequence[torch.Tensor],
+    runs: Sequence[Run],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    tokens, layers, top_k = _shape(sources, runs)
+    route_bytes, stored_layers = sources[0].dtype.itemsize, sources[0].shape[1]
+    word, columns = _in_words(runs, stored_layers, top_k * route_bytes)
+    width = layers * top_k * route_bytes // word.itemsize
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "routes cannot be read while a CUDA graph is captured: its replays would read "
+                "records whose leases have ended. Read them before, into a tensor of the graph's"
+            )
+        packed = torch.empty((tokens, width), dtype=word, device=device)
+        kept: list[Any] = []
+        try:
+            for place, rows, source in zip(_places(sources), records, sources, strict=True):
+                if source.numel():
+                    words = source.view(source.shape[0], -1).view(word)
+                    _send(rows, words, columns, packed[place], kept)
+        finally:
+            if kept:  # also when a later record failed: the earlier copies are under way
+                inflight.hold(torch.cuda.current_stream(device), kept)
+        return _widened(packed, route_bytes, dtype).view(tokens, layers, top_k)
+
+
+def _in_words(
+    runs: Sequence[Run], layers: int, layer_bytes: int
+) -> tuple[torch.dtype, tuple[Run, ...]]:
+    """The widest word that rows and runs are whole numbers of, and the runs counted in it."""
+    in_bytes = [Run(*(layer_bytes * position for position in run)) for run in runs]
+    size = math.gcd(8, layers * layer_bytes, *(place for run in in_bytes for place in run))
+    return _WORDS[size], tuple(Run(*(place // size for place in run)) for run in in_bytes)
+
+
+def _send(
+    rows: Rows,
+    words: torch.Tensor,
+    columns: Sequence[Run],
+    target: torch.Tensor,
+    kept: list[Any],
+) -> None:
+    if not isinstance(rows, views.LeasedRows) or not rows.arena.page_locked(target.device.index):
+        _bounce.send(words, columns, target)
+        return
+    kept.append(rows)
+    if target.shape == words.shape and len(columns) == 1:
+        target.copy_(words, non_blocking=True)
+    else:
+        _copy(_as_seen_by_gpu(words, target.device), columns, target)
+
+
+def _as_seen_by_gpu(words: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same page-locked memory as a CUDA tensor; it does not keep the memory."""
+    return torch.as_tensor(_Mapped(words), device=device)
+
+
+class _Mapped:
+    """Page-locked words for the CUDA array interface: a GPU maps them at the CPU's address."""
+
+    def __init__(self, words: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": tuple(words.shape),
+            "typestr": f"<{'u' if words.dtype is torch.uint8 else 'i'}{words.dtype.itemsize}",
+            "data": (words.data_ptr(), False),  # True is refused; nothing writes to it
+        }
+
+
+def _widened(packed: torch.Tensor, route_bytes: int, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None:
+        return packed.view(torch.uint8 if route_bytes == 1 else torch.uint16)
+    if route_bytes == 1:
+        return packed.view(torch.uint8).to(dtype)
+    # torch knows little of uint16 on a GPU; as int16, ids from 32,768 on come out negative.
+    return packed.view(torch.int16).to(dtype).bitwise_and_(0xFFFF)
+
+
+class _Bounce:
+    """Two page-locked pieces: while the GPU empties one, the CPU fills the other.
+
+    One pair for the process, allocated at first need; threads take turns.
+    """
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+        self._pieces: list[torch.Tensor] = []
+        self._emptied: list[torch.cuda.Event | None] = [None, None]
+        self._next = 0
+
+    def send(self, words: torch.Tensor, columns: Sequence[Run], target: torch.Tensor) -> None:
+        """Fill ``target [rows, width]`` with columns of ``words``, which is free on return."""
+        rows_at_once = _PIECE_BYTES // (target.shape[1] * target.dtype.itemsize)
+        with self._turn:
+            for first in range(0, len(words), rows_at_once):
+                place = slice(first, first + rows_at_once)
+                self._send_piece(words[place], columns, target[place])
+
+    def _send_piece(
+        self, words: torch.Tensor, columns: Sequence[Run], target: torch.Tensor
+    ) -> None:
+        if not self._pieces:
+            self._pieces = [_piece(), _piece()]
+        index, self._next = self._next, 1 - self._next
+        emptied = self._emptied[index]
+        if emptied is not None:
+            emptied.synchronize()
+        piece = self._pieces[index].view(target.dtype)[: target.numel()].view(target.shape)
+        _copy(words, columns, piece)
+        target.copy_(piece, non_blocking=True)
+        self._emptied[index] = torch.cuda.current_stream().record_event()
+
+
+def _piece() -> torch.Tensor:
+    try:
+        return torch.empty(_PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        logger.warning(
+            "no page-locked memory for copies to a GPU (%s): they go at pageable speed; raise "
+            "the limit of locked memory (ulimit -l, docker run --ulimit memlock=-1)",
+            error,
+        )
+        return torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+
+
+_bounce = _Bounce()

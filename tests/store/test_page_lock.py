@@ -1,0 +1,206 @@
+"""Page-locking where there is no CUDA device: refused politely, and everything else goes on.
+
+``tests/gpu`` has what a device grants.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import mmap
+import os
+import threading
+
+import numpy as np
+import pytest
+from actors import add
+
+from shmroute import ShmRouteReader
+from shmroute.attached import attach
+
+torch = pytest.importorskip("torch")
+if torch.cuda.is_available():
+    pytest.skip("refusals for want of a CUDA device", allow_module_level=True)
+
+from shmroute.pinned import PageLock, pinned_tensor  # noqa: E402 (needs torch)
+
+
+@pytest.fixture
+def memory():
+    return mmap.mmap(-1, 1 << 20)
+
+
+@pytest.fixture
+def lock(memory):
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    return PageLock(address, len(memory), what="a test's memory")
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "shmroute"]
+
+
+def test_a_refusal_is_one_warning_with_figures_and_remedy(lock, caplog):
+    assert not lock.run()
+    assert not lock.run()
+    lock.start()
+    assert not lock.wait()
+    assert not lock.ready
+    (said,) = warnings_of(caplog)
+    assert lock.refused
+    for part in ("a test's memory", "1048576 bytes", lock.refused, "ulimit -l", "memlock=-1"):
+        assert part in said
+
+
+def test_start_returns_and_the_refusal_follows(lock, caplog):
+    lock.start()
+    lock.start()
+    assert not lock.wait(60)
+    assert lock.refused
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_a_new_lock_does_nothing_until_it_is_started(lock, caplog):
+    assert not lock.ready
+    assert lock.refused is None
+    assert not lock.wait()
+    lock.close()
+    assert not warnings_of(caplog)
+
+
+def test_a_closed_lock_cannot_be_started(lock, caplog):
+    lock.close()
+    lock.close()
+    lock.start()
+    assert not lock.run()
+    assert lock.refused is None
+    assert not warnings_of(caplog)
+
+
+def test_closing_after_a_refusal_keeps_the_reason(lock):
+    lock.run()
+    lock.close()
+    assert lock.refused
+
+
+@pytest.mark.parametrize(("address", "size"), [(0, 4096), (4096, 0), (4096, -1)])
+def test_no_memory_cannot_be_locked(address, size):
+    with pytest.raises(ValueError, match="cannot be page-locked"):
+        PageLock(address, size, what="nothing")
+
+
+def test_start_run_wait_and_close_may_race(memory, caplog):
+    caplog.set_level(logging.ERROR)
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    for _ in range(30):
+        lock = PageLock(address, 4096, what="a race")
+        calls = [lock.start, lock.run, lambda lock=lock: lock.wait(30), lock.close] * 2
+        threads = [threading.Thread(target=call) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not lock.ready
+
+
+def test_in_a_forked_child_nothing_is_waited_for_or_unlocked(actor):
+    parent = actor("""
+        import logging, mmap, threading
+        logging.getLogger("shmroute").addHandler(logging.NullHandler())
+        from shmroute.pinned import PageLock
+        memory = mmap.mmap(-1, 4096)
+        lock = PageLock(np.frombuffer(memory, np.uint8).ctypes.data, 4096, what="a fork")
+        assert lock._begin()  # as if the driver were at work
+        child = os.fork()
+        if child == 0:
+            assert not lock.ready and not lock.wait() and not lock.run()
+            lock.close()
+            os._exit(7)
+        say(status=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), refused=lock.refused)
+        lock._finish("the test is over")
+    """)
+    assert parent.hear() == {"status": 7, "refused": None}
+
+
+def test_a_process_that_ends_while_it_locks_ends_quietly(actor):
+    last = actor("""
+        import logging, mmap
+        logging.getLogger("shmroute").addHandler(logging.NullHandler())
+        from shmroute.pinned import PageLock
+        memory = mmap.mmap(-1, 1 << 20)
+        lock = PageLock(np.frombuffer(memory, np.uint8).ctypes.data, 1 << 20, what="an end")
+        lock.start()
+        say(started=True)
+    """)
+    assert last.hear() == {"started": True}
+    assert last.wait() == 0
+
+
+# -- memory of its own -------------------------------------------------------------------------
+
+
+def test_host_memory_has_exactly_its_size_and_is_zeroed(caplog):
+    tensor = pinned_tensor(3 * 4096 + 5, what="a table")
+    assert tensor.dtype == torch.uint8
+    assert tensor.untyped_storage().nbytes() == 3 * 4096 + 5
+    assert not tensor.any()
+    assert not tensor.is_pinned()
+    assert len(warnings_of(caplog)) == 1
+    tensor[5:] = 3
+    assert int(tensor.sum()) == 3 * 3 * 4096
+
+
+def test_host_memory_goes_with_the_last_view_of_it():
+    def mapped():
+        with open("/proc/self/maps") as maps:
+            bounds = [line.split()[0].split("-") for line in maps]
+        return any(int(low, 16) <= address < int(high, 16) for low, high in bounds)
+
+    tensor = pinned_tensor(64 << 20)
+    address = tensor.data_ptr()
+    view = tensor.view(torch.int16)[5:].view(-1)
+    del tensor
+    gc.collect()
+    assert mapped()
+    assert int(view.sum()) == 0
+    del view
+    gc.collect()
+    assert not mapped()
+
+
+def test_no_host_memory_is_an_error():
+    with pytest.raises(ValueError, match="0 bytes"):
+        pinned_tensor(0)
+
+
+# -- arenas ------------------------------------------------------------------------------------
+
+
+def test_an_arena_that_cannot_be_locked_stays_readable(arena, caplog):
+    record = add(arena, "r")
+    attached = attach(arena.segment)
+    with ShmRouteReader(record.ticket) as routes:
+        assert not attached.page_locked(0)
+        attached._page_lock.wait()
+        assert not attached.page_locked(0)
+        assert np.array_equal(routes.numpy(), record.rows)
+    (said,) = warnings_of(caplog)
+    assert arena.segment.data in said
+    assert f"{arena.memory.description.heap_bytes} bytes" in said
+
+
+def test_the_arena_of_a_dead_writer_is_not_locked(writer):
+    segment = ShmRouteReader("rid-0", arena=writer.facts["segment"])._arena
+    writer.kill()
+    assert not segment.page_locked(0)
+    assert segment._page_lock is None  # locking would fill the holes of its heap
+
+
+def test_page_locking_is_not_begun_by_reading_on_the_cpu(arena):
+    record = add(arena, "r")
+    with ShmRouteReader(record.ticket) as routes:
+        routes.torch()
+        routes.torch(dtype=torch.int64)
+    assert attach(arena.segment)._page_lock is None
+    assert os.path.exists(f"/dev/shm/{arena.segment.data}")
