@@ -69,7 +69,7 @@ class WorkerProcess(ServerProcess):
         return [sys.executable, str(WORKER), str(self._file())]
 
     def _file(self) -> Path:
-        return Path(self._specification.result).with_suffix(".spec")
+        return Path(self._specification.ready).with_suffix(".spec")
 
     def start(self) -> None:
         self._file().write_text(json.dumps(dataclasses.asdict(self._specification)))
@@ -143,7 +143,8 @@ class Bench:
 
     def figures(self) -> list[dict[str, Any]]:
         """What every engine measured, those of earlier commands in ``--raw`` included."""
-        return [json.loads(path.read_text()) for path in sorted(self._raw.glob("*.json"))]
+        runs = [json.loads(path.read_text()) for path in sorted(self._raw.glob("*.json"))]
+        return [run for run in runs if run["quick"] == self._options.quick]
 
     def _left(self) -> float:
         return self._options.seconds - END_SECONDS - (time.monotonic() - self._began)

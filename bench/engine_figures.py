@@ -149,8 +149,7 @@ def _inter_token(figures: Figures) -> None:
 
 def _latency(figures: Figures) -> None:
     lengths = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("latency", ()))
-    limits = {"host": STEPS_SHOWN = (1, 4, 160)  # finished requests in one step
-LONGEST_HOST_DELIVERY_MS, "cuda": LONGEST_CUDA_DELIVERY_MS}
+    limits = {"host": LONGEST_HOST_DELIVERY_MS, "cuda": LONGEST_CUDA_DELIVERY_MS}
     for length in lengths:
         for beside in (False, True):
             where = f"{length}, {'streams beside' if beside else 'alone'}"

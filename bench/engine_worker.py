@@ -133,6 +133,7 @@ class Worker:
             "configuration": specification.configuration,
             "blocks": list(specification.blocks),
             "gpu": specification.gpu,
+            "quick": specification.quick,
             "done": False,
         }
         self.engine: Any = None
@@ -211,9 +212,8 @@ class Worker:
             )
         try:
             for beside in (False, True):
-                # As many of each place as there are repeats.
                 for place in places if trainer else places[:1]:
-                    for one in latency(load, trainer, (place,), beside=beside):
+                    for one in latency(load, trainer, place, beside=beside):
                         self.figures.setdefault("latency", []).append(one)
                 self._add_trace("latency_beside" if beside else "latency", routes)
         finally:

@@ -242,23 +242,21 @@ class Reader(Protocol):
     def read(self, routes: str, where: str) -> dict[str, float]: ...
 
 
-def latency(load: Load, reader: Reader | None, places: Sequence[str], *, beside: bool) -> list[Any]:
+def latency(load: Load, reader: Reader | None, place: str, *, beside: bool) -> list[Any]:
     """One request after the other; its routes go to the trainer as soon as it is answered.
 
-    The prompt is cached, so a request takes some 16 decode steps. ``beside`` runs it next to the
-    steady streams.
+    The prompt is cached, so a request takes some 16 decode steps. ``place`` is where the trainer
+    wants the rows, ``host`` or ``cuda``; ``beside`` runs requests next to steady streams.
     """
-    result: list[Any] = load.run(_latency(load, reader, places, beside))
+    result: list[Any] = load.run(_latency(load, reader, place, beside))
     return result
 
 
-async def _latency(
-    load: Load, reader: Reader | None, places: Sequence[str], beside: bool
-) -> list[Any]:
+async def _latency(load: Load, reader: Reader | None, place: str, beside: bool) -> list[Any]:
     measured: list[Any] = []
     prompts = {name: load.prompts(1, tokens)[0] for name, tokens in load.scale.latency_prompts}
     for prompt in prompts.values():
-        await _one_delivery(load, prompt, reader, places[0])
+        await _one_delivery(load, prompt, reader, place)
     for name, prompt in prompts.items():
         streams: list[Stream] = []
         tasks: list[asyncio.Task[None]] = []
@@ -266,8 +264,7 @@ async def _latency(
             # New ones for each length, or the first would have to last very long.
             output = 60 + 20 * load.scale.latency_repeats
             streams, tasks = await load.steady_streams(64, output)
-        for repeat in range(load.scale.latency_repeats):
-            place = places[repeat % len(places)]
+        for _ in range(load.scale.latency_repeats):
             one = await _one_delivery(load, prompt, reader, place)
             measured.append({**one, "name": name, "place": place, "beside": beside})
         await asyncio.gather(*tasks)

@@ -5,9 +5,10 @@
 #                                           assemble.sh packed)
 #
 # A STAGE is NAME, NAME@SECONDS or NAME[@SECONDS]=COMMAND. Without a COMMAND it is a block of
-# bench/engine.py, and its figures go to $OUT/engine-NAME.json. For example:
+# bench/engine.py, or several joined by "+"; figures go to $OUT/engine-NAME.json, and those of
+# engines that an earlier call measured on the same machine are taken in. For example:
 #
-#     bench/device/run.sh throughput itl@400 'gpu@120=python3 -m pytest -q -m gpu tests'
+#     bench/device/run.sh 'gpu@120=python3 -m pytest -q -m gpu tests' throughput+itl@440
 #
 #   FOLDER=.device    site.tar.xz, and compiled kernels of an earlier run as cache.tar.gz
 #   OUT=/tmp/out      results, logs.tar.gz, and cache.tar.gz to carry along next time
@@ -21,8 +22,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 folder=${FOLDER:-.device}
 export OUT=${OUT:-/tmp/out}
 scratch=${SCRATCH:-/tmp/shmroute-device}
-site=$scratch/site cache=$scratch/cache logs=$scratch/logs
-mkdir -p "$OUT" "$logs" "$cache"
+site=$scratch/site cache=$scratch/cache
+export LOGS=$scratch/logs
+mkdir -p "$OUT" "$LOGS" "$cache"
 say() { printf '== +%d s %s\n' "$SECONDS" "$*"; }
 
 unpack() {
@@ -54,14 +56,14 @@ wait_for_gpu() {
 
 # After each stage, so that a run that is cut off still brings them back.
 keep() {
-  tar -C "$logs" -czf "$OUT/logs.tar.gz" .
+  tar -C "$LOGS" -czf "$OUT/logs.tar.gz" .
   # Sources of the compiled kernels are of no use to a cache.
   tar -C "$cache" --exclude='*.o' --exclude='*.ptx' --exclude='*.tt*ir' --exclude='*.llir' \
     --exclude='*.source' -czf "$OUT/cache.tar.gz" .
 }
 
 unpack
-export PYTHONPATH=$site:$PWD:$PWD/bench PYTHONUNBUFFERED=1 SHMROUTE_BENCH_LOGS=$logs
+export PYTHONPATH=$site:$PWD:$PWD/bench PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor
 export TVM_FFI_CACHE_DIR=$cache/tvm-ffi
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -74,18 +76,20 @@ for stage in "$@"; do
   head=${stage%%=*}
   name=${head%%@*} seconds=570
   [ "$head" = "$name" ] || seconds=${head##*@}
-  command="python3 bench/engine.py $name ${ENGINE_ARGS:-} --json $OUT/engine-$name.json"
-  [ "$stage" = "$head" ] || command=${stage#*=}
   wait_for_gpu
   left=$((deadline - SECONDS))
   [ "$left" -gt 10 ] || { say "$name: no time left"; [ "$failed" -ne 0 ] || failed=124; continue; }
   [ "$seconds" -lt "$left" ] || seconds=$left
+  command="python3 bench/engine.py ${name//+/ } ${ENGINE_ARGS:-} --seconds $((seconds - 15))"
+  name=${name//+/-}
+  command+=" --raw $LOGS/raw --logs $LOGS --json $OUT/engine-$name.json"
+  [ "$stage" = "$head" ] || command=${stage#*=}
   say "$name, at most $seconds s: $command"
   # One log for each stage; the console shows its end only.
-  SHMROUTE_BENCH_SECONDS=$((seconds - 15)) timeout --kill-after=15 "$((seconds - 5))" \
-    bash -c "$command" >"$logs/$name.log" 2>&1
+  timeout --kill-after=15 "$((seconds - 5))" \
+    bash -c "$command" >"$LOGS/$name.log" 2>&1
   code=$?
-  tail -n 60 "$logs/$name.log" | cut -c1-300
+  tail -n 60 "$LOGS/$name.log" | cut -c1-300
   say "$name: exit code $code"
   [ "$failed" -ne 0 ] || failed=$code
   keep
