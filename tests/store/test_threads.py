@@ -8,11 +8,12 @@ import threading
 import time
 
 import pytest
-from actors import add, is_intact
+from actors import add, is_intact, pattern
 
 from shmroute import ArenaFull, ShmRouteReader, release
 from shmroute.attached import attach
 from shmroute.counters import read_counters
+from shmroute.leases import ExclusiveLeases
 
 
 @pytest.fixture
@@ -137,6 +138,27 @@ def test_an_eviction_never_takes_a_record_that_came_after_its_scan(make_arena, m
     monkeypatch.setattr(arena.writer, "_recycle_all", late)
     assert arena.writer.evict_expired() == 0
     with ShmRouteReader(new[0].ticket) as routes:
+        assert is_intact(routes)
+
+
+def test_reclaiming_during_a_seal_takes_other_records_and_leaves_that_one(make_arena, monkeypatch):
+    """The writer's own lock does not stop it between the even word and the end of the lease."""
+    arena = make_arena(retention=0.0)
+    released, record = add(arena, "released"), arena.reserve("r", tokens=20)
+    record.rows[...] = pattern("r", record.generation, 20)
+    release(released.ticket)
+    writer, original, recycled = arena.writer, ExclusiveLeases.release, []
+
+    def unlock(self, slot):
+        monkeypatch.undo()
+        assert arena.memory.words[slot] == record.generation
+        recycled.extend([writer.reclaim(), writer.evict_expired()])
+        original(self, slot)
+
+    monkeypatch.setattr(ExclusiveLeases, "release", unlock)
+    record.seal()
+    assert recycled == [1, 0]
+    with ShmRouteReader(record.ticket) as routes:
         assert is_intact(routes)
 
 
