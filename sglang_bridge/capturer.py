@@ -22,7 +22,6 @@ from sglang.srt.state_capturer.base import BaseDeviceCache
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
 from shmroute import Arena
-from shmroute.counters import SHADOW, Counters
 
 from .epochs import WeightEpochs
 from .errors import StartRefused
@@ -31,7 +30,6 @@ from .gather_host import HostGatherer
 from .layers import route_layout
 from .publisher import Publisher
 from .settings import Settings
-from .shadow import Shadow
 from .table import RouteTable, place_table
 from .tags import FOREIGN_TOKEN, POSITION_MAX
 from .versions import data_parallel_ranks, fused_shared_experts, kv_locations
@@ -115,9 +113,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             make_gatherer(self.table, arena),
             vocabulary=vocabulary,
             inline_when_full=settings.on_full == "inline",
-            shadow=(
-                Shadow(routes, Counters(arena.memory.counters, SHADOW)) if settings.shadow else None
-            ),
+            shadow=settings.shadow,
         )
         publisher.counters.set("table_bytes", self.table.nbytes)
         publisher.counters.set("table_device_bytes", self.table.device_bytes)

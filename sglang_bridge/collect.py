@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.state_capturer.base import BaseTopkCapturer
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
@@ -23,6 +22,7 @@ from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 from .capturer import ArenaCapturer
 from .finished import Finished
 from .publisher import Publisher
+from .ticket_tensor import ticket_tensor
 from .versions import request_slot
 
 logger = logging.getLogger("shmroute")
@@ -44,8 +44,7 @@ def collect(processor: Any, req: Any) -> None:
         logger.exception("shmroute: no routes for rid %s", req.rid)
         publisher.counters.add("hook_errors")
         envelope = publisher.refuse(req.rid, f"{type(error).__name__}: {error}")
-    # Owns its storage: pickling a view would send the whole of it.
-    req.routed_experts = torch.frombuffer(bytearray(envelope), dtype=torch.uint8)
+    req.routed_experts = ticket_tensor(envelope)
 
 
 def describe(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:

@@ -7,7 +7,6 @@ rid, token and layer, and counted. It costs what the native path costs.
 from __future__ import annotations
 
 import logging
-import threading
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from shmroute import RouteLayout
-from shmroute.counters import Counters
+from shmroute.counters import SharedCounters
 
 logger = logging.getLogger("shmroute")
 
@@ -23,10 +22,9 @@ logger = logging.getLogger("shmroute")
 class Shadow:
     """Compares rows with SGLang's. Called on the sealer and, for inline records, the scheduler."""
 
-    def __init__(self, routes: RouteLayout, counters: Counters) -> None:
+    def __init__(self, routes: RouteLayout, counters: SharedCounters) -> None:
         self._layers = list(routes.layer_ids)
         self._counters = counters
-        self._counting = threading.Lock()
 
     def compare(
         self,
@@ -59,10 +57,7 @@ class Shadow:
                 start + int(token),
                 self._layers[layer],
             )
-        with self._counting:
-            self._counters.add("shadow_records")
-            self._counters.add("shadow_rows", len(rows))
-            self._counters.add("shadow_mismatches", wrong)
-            self._counters.add(
-                "shadow_rows_incomparable", sum(end - first for first, end in missing)
-            )
+        self._counters.add("shadow_records")
+        self._counters.add("shadow_rows", len(rows))
+        self._counters.add("shadow_mismatches", wrong)
+        self._counters.add("shadow_rows_incomparable", sum(end - first for first, end in missing))

@@ -80,7 +80,17 @@ class RouteTable:
         if not self.in_host_memory:
             return torch.zeros(self._shape, dtype=self._dtype, device=self.device)
         locations, width = self._shape
-        memory = pinned_tensor(locations * width * self.routes.dtype.itemsize)
+        memory = pinned_tensor(
+            locations * width * self.routes.dtype.itemsize,
+            what="route table",
+            device=self.device.index,
+        )
+        if not memory.is_pinned():
+            raise StartRefused(
+                f"the route table's {memory.nbytes / 2**20:.1f} MiB of host memory cannot be "
+                "page-locked (the log says why): raise the limit (ulimit -l unlimited), or "
+                "--shmroute-table gpu"
+            )
         return memory.view(self._dtype).view(self._shape)
 
     @property

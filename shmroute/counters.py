@@ -2,7 +2,8 @@
 
 Three sides of the writer count: who reserves (an engine's scheduler thread), who seals, and
 who reclaims. Each has a bank of its own, so that the scheduler thread counts without a
-lock and nothing is lost; a reader adds the banks.
+lock and nothing is lost; a reader adds the banks. What an engine counts on several threads
+has a fourth bank and a lock (``SharedCounters``).
 
 Sums that always hold, once nothing is in flight::
 
@@ -15,9 +16,11 @@ where ``ticketed = tickets - failed_after_ticket`` and ``failed`` of a request i
 
 from __future__ import annotations
 
+import threading
+
 from .memory import Words
 
-RESERVING, SEALING, RECLAIMING, SHADOW = 0, 1, 2, 3
+RESERVING, SEALING, RECLAIMING, ENGINE = 0, 1, 2, 3
 
 # The order is part of the layout: append only.
 NAMES = (
@@ -73,6 +76,18 @@ class Counters:
     def set(self, name: str, value: int) -> None:
         """For gauges; a gauge belongs to one bank only."""
         self._bank[_INDEX[name]] = value
+
+
+class SharedCounters(Counters):
+    """A bank that several threads count in."""
+
+    def __init__(self, memory: Words, bank: int) -> None:
+        super().__init__(memory, bank)
+        self._counting = threading.Lock()
+
+    def add(self, name: str, amount: int = 1) -> None:
+        with self._counting:
+            super().add(name, amount)
 
 
 def read_counters(memory: Words) -> dict[str, int]:

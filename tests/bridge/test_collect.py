@@ -37,7 +37,7 @@ class Scheduler:
             HostGatherer(self.table),
             vocabulary=VOCABULARY,
             inline_when_full=True,
-            shadow=None,
+            shadow=False,
         )
         self.publisher.start()
         self.forwards = Forwards(self.table)

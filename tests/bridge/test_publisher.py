@@ -17,10 +17,9 @@ import shmroute
 from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.gather_host import HostGatherer
 from sglang_bridge.publisher import Publisher
-from sglang_bridge.shadow import Shadow
 from sglang_bridge.table import RouteTable
 from shmroute import IncompleteRoutes, RouteFailed, RouteLayout, ShmRouteReader
-from shmroute.counters import SHADOW, Counters, read_counters
+from shmroute.counters import read_counters
 from shmroute.layout import plan_extent
 
 ROUTES = RouteLayout(256, 4, range(1, 5), num_layers=5)
@@ -48,7 +47,7 @@ class Bridge:
             HostGatherer(self.table),
             vocabulary=VOCABULARY,
             inline_when_full=inline_when_full,
-            shadow=Shadow(routes, Counters(self.arena.memory.counters, SHADOW)),
+            shadow=True,
         )
         self.publisher.start()
         self.forwards = Forwards(self.table)

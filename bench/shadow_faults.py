@@ -1,0 +1,96 @@
+"""Faults that are put into a scheduler process, to see what they do and that they are seen.
+
+``engine(names)`` is the bridge's engine class whose scheduler applies them before it starts.
+It also gives weights that spread to models that are loaded with ``load_format="dummy"``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+VARIABLE = "SHMROUTE_BENCH_FAULTS"
+_DELAY_CYCLES = 6_000_000  # 3 ms or so of the GPU's clock
+_COPIES_BEFORE_ERROR = 20
+
+
+def engine(names: tuple[str, ...]) -> Any:
+    """``sglang_bridge.Engine`` with faults; ``names`` are those of ``_FAULTS``."""
+    import sglang_bridge
+
+    os.environ[VARIABLE] = ",".join(names)
+    how = {"run_scheduler_process_func": staticmethod(run_scheduler)}
+    return type("Faulty", (sglang_bridge.Engine,), how)
+
+
+def run_scheduler(*arguments: Any, **options: Any) -> Any:
+    """Entry point of the scheduler process."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    _spread_dummy_weights()
+    for name in filter(None, os.environ[VARIABLE].split(",")):
+        _FAULTS[name]()
+    return run_scheduler_process(*arguments, **options)
+
+
+def _spread_dummy_weights() -> None:
+    """Draw every matrix so that its output has the variance of its input, as ``small_models``."""
+    import torch
+    from sglang.srt.model_loader import loader
+
+    @torch.no_grad()
+    def initialise(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+        generator = torch.Generator(device=next(model.parameters()).device).manual_seed(7)
+        for name, weight in model.named_parameters():
+            if not weight.is_floating_point():
+                continue
+            if weight.dim() < 2:
+                weight.fill_(1.0 if "norm" in name else 0.0)
+            else:
+                scale = 1.0 if "embed" in name else weight.shape[-1] ** -0.5
+                weight.normal_(std=scale, generator=generator)
+
+    loader.initialize_dummy_weights = initialise
+
+
+def _late_gather() -> None:
+    """Gathers begin milliseconds late, as if the GPU were busy with another process."""
+    import torch
+
+    from sglang_bridge.gather_device import DeviceGatherer
+
+    launch = DeviceGatherer._launch
+
+    def late(self: Any, run: Any) -> Any:
+        with torch.cuda.stream(self._gather):
+            torch.cuda._sleep(_DELAY_CYCLES)
+        return launch(self, run)
+
+    DeviceGatherer._launch = late  # type: ignore[method-assign]
+
+
+def _no_fence() -> None:
+    """The scatter does not wait for the gather."""
+    from sglang_bridge.gather_device import DeviceGatherer
+
+    DeviceGatherer.fence = lambda self: None  # type: ignore[method-assign]
+
+
+def _copy_error() -> None:
+    """One copy fails as a broken device would make it."""
+    import torch
+
+    from sglang_bridge.gather_device import DeviceGatherer
+
+    copy, seen = DeviceGatherer.copy_rows, [0]
+
+    def failing(self: Any, run: Any, lane: Any) -> None:
+        seen[0] += 1
+        if seen[0] == _COPIES_BEFORE_ERROR:
+            raise torch.AcceleratorError("CUDA error: injected into the copy path")
+        copy(self, run, lane)
+
+    DeviceGatherer.copy_rows = failing  # type: ignore[method-assign]
+
+
+_FAULTS = {"late-gather": _late_gather, "no-fence": _no_fence, "copy-error": _copy_error}
