@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
 VENV := .venv/bin/python
 TOOLS := .venv/environment/bin
 
-.PHONY: setup demo test test-fast lint bench-store clean
+.PHONY: setup demo test test-fast lint bench-store bench-engine clean
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: no Python found; install python3.11" >&2; exit 1; }
@@ -27,6 +27,9 @@ lint: setup
 
 bench-store: setup
 	$(VENV) bench/store.py
+
+bench-engine: setup
+	$(VENV) bench/engine.py throughput itl latency memory --trace --json engine-report.json
 
 clean:
 	rm -rf .venv build dist *.egg-info sglang_bridge/cpu_platform/*.egg-info

@@ -122,6 +122,9 @@ QUANTILES: tuple[tuple[str, Callable[[Any], float], float | None], ...] = (
 
 
 def _inter_token(figures: Figures) -> None:
+    cut = sum(load["windows_cut"] for run in figures.runs for load in run.get("itl", ()))
+    if cut:
+        figures.add("ITL windows that the streams' end cut short", cut, "")
     names = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("itl", ()))
     for length in names:
         for quantile, of, limit in QUANTILES:

@@ -155,7 +155,7 @@ CPU = Scale(
 CPU_QUICK = replace(
     CPU,
     throughput_runs=1,
-    finishes=((LongFinishes("300", 300, ((8, 12, 12),), 12, 40), 1),),
+    finishes=((LongFinishes("300", 300, ((8, 12, 12),), 12, 70), 1),),
     latency_repeats=2,
 )
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,7 @@ class Worker:
             "blocks": list(specification.blocks),
             "gpu": specification.gpu,
             "quick": specification.quick,
+            "failed": [],
             "done": False,
         }
         self.engine: Any = None
@@ -158,7 +160,12 @@ class Worker:
         self._read_trace()
         for block in self._spec.blocks:
             began = time.perf_counter()
-            getattr(self, f"_{block}")(load, routes)
+            try:
+                getattr(self, f"_{block}")(load, routes)
+            except Exception:
+                # A start is dear: the other blocks may still go through.
+                traceback.print_exc()
+                self.figures["failed"].append(block)
             self.figures[f"{block}_seconds"] = time.perf_counter() - began
             self._save(routes)
         self.figures["done"] = True
@@ -271,6 +278,8 @@ def main() -> None:
     finally:
         if worker.engine is not None:
             worker.engine.shutdown()
+    if worker.figures["failed"]:
+        sys.exit(f"failed: {', '.join(worker.figures['failed'])}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,12 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Short hash of the benchmark's own checkout, ``+dirty`` when it was changed."""
+    """Short hash of the benchmark's own checkout, ``+dirty`` when it was changed.
+
+    ``SHMROUTE_BENCH_COMMIT`` says it where the files were copied to a machine without git.
+    """
+    if os.environ.get("SHMROUTE_BENCH_COMMIT"):
+        return os.environ["SHMROUTE_BENCH_COMMIT"]
     here = ["git", "-C", str(Path(__file__).parent)]
     found = _output([*here, "rev-parse", "--short", "HEAD"])
     if not found:

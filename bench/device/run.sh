@@ -14,6 +14,7 @@
 #   OUT=/tmp/out      results, logs.tar.gz, and cache.tar.gz to carry along next time
 #   DEADLINE=570      seconds for all stages; the last one is ended in good order before that
 #   ENGINE_ARGS=      further arguments of bench/engine.py
+#   SHMROUTE_BENCH_COMMIT=   what result files say, where git is not
 #
 # Stages that fail do not keep later ones from running; the exit code is the first failure's.
 set -uo pipefail
