@@ -24,13 +24,14 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
 import torch
 
 from . import inflight, views
+from .layout import RouteLayout
 from .selection import Run
 
 logger = logging.getLogger("shmroute")
@@ -43,9 +44,11 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def pack(
-    records: Sequence[Rows],
+    records: Iterable[Rows],
     runs: Sequence[Run],
     *,
+    tokens: int,
+    layout: RouteLayout,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
@@ -54,9 +57,12 @@ def pack(
     Parameters
     ----------
     records
-        Rows ``[tokens, layers, top_k]`` of one shape but for the tokens, and of one dtype.
+        Rows ``[tokens, moe_layers, top_k]`` of the layout. Each is asked for when the copy of
+        the one before has been queued, so that opening one overlaps with copying another.
     runs
         The layers, in the order of the result.
+    tokens
+        How many rows the records have together.
     device
         The CPU, or a CUDA device with its index.
     dtype
@@ -65,31 +71,39 @@ def pack(
     Returns
     -------
     torch.Tensor
-        ``[sum(tokens), sum of the runs, top_k]``, contiguous. On a CUDA device the copies may
-        still be in flight: the current stream is behind them.
+        ``[tokens, sum of the runs, top_k]``, contiguous. On a CUDA device the copies may still
+        be in flight: the current stream is behind them.
 
     Raises
     ------
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    sources = [views.as_tensor(rows) for rows in records]
+    shape = (tokens, _width(runs), layout.top_k)
     if device.type == "cpu":
-        return _pack_on_cpu(sources, runs, dtype)
-    return _pack_on_gpu(records, sources, runs, device, dtype)
+        packed = torch.empty(shape, dtype=dtype or getattr(torch, layout.dtype_name))
+        for _, source, place in _placed(records):
+            _copy(source, runs, packed[place])
+        return packed
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "routes cannot be read while a CUDA graph is captured: its replays would read "
+                "records whose leases have ended. Read them before, into a tensor of the graph's"
+            )
+        word, columns = _in_words(runs, layout)
+        packed_words = _gather(records, columns, (tokens, _width(columns)), word, device)
+        return _widened(packed_words, layout.dtype.itemsize, dtype).view(shape)
 
 
-def _shape(sources: Sequence[torch.Tensor], runs: Sequence[Run]) -> tuple[int, int, int]:
-    tokens = sum(source.shape[0] for source in sources)
-    return tokens, sum(run.end - run.first for run in runs), sources[0].shape[2]
-
-
-def _places(sources: Sequence[torch.Tensor]) -> Iterator[slice]:
-    """Where on axis 0 of the result each record goes."""
+def _placed(records: Iterable[Rows]) -> Iterator[tuple[Rows, torch.Tensor, slice]]:
+    """Each record, a CPU tensor over it, and where on axis 0 of the result it goes."""
     first = 0
-    for source in sources:
-        yield slice(first, first + source.shape[0])
-        first += source.shape[0]
+    for rows in records:
+        source = views.as_tensor(rows)
+        end = first + source.shape[0]
+        yield rows, source, slice(first, end)
+        first = end
 
 
 def _copy(source: torch.Tensor, runs: Sequence[Run], target: torch.Tensor) -> None:
@@ -98,52 +112,38 @@ def _copy(source: torch.Tensor, runs: Sequence[Run], target: torch.Tensor) -> No
         target[:, to : to + end - first].copy_(source[:, first:end], non_blocking=True)
 
 
-def _pack_on_cpu(
-    sources: Sequence[torch.Tensor], runs: Sequence[Run], dtype: torch.dtype | None
+def _gather(
+    records: Iterable[Rows],
+    columns: Sequence[Run],
+    shape: tuple[int, int],
+    word: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
-    packed = torch.empty(_shape(sources, runs), dtype=dtype or sources[0].dtype)
-    for place, source in zip(_places(sources), sources, strict=True):
-        _copy(source, runs, packed[place])
+    """The packed rows as words on a GPU."""
+    packed = torch.empty(shape, dtype=word, device=device)
+    kept: list[Any] = []
+    try:
+        for rows, source, place in _placed(records):
+            if source.numel():
+                words = source.view(source.shape[0], -1).view(word)
+                _send(rows, words, columns, packed[place], kept)
+    finally:
+        if kept:  # also when a later record failed: the earlier copies are under way
+            inflight.hold(torch.cuda.current_stream(device), kept)
     return packed
 
 
-def _pack_on_gpu(
-    records: Sequence[Rows],
-    sources: Sequence[torch.Tensor],
-    runs: Sequence[Run],
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> torch.Tensor:
-    tokens, layers, top_k = _shape(sources, runs)
-    route_bytes, stored_layers = sources[0].dtype.itemsize, sources[0].shape[1]
-    word, columns = _in_words(runs, stored_layers, top_k * route_bytes)
-    width = layers * top_k * route_bytes // word.itemsize
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "routes cannot be read while a CUDA graph is captured: its replays would read "
-                "records whose leases have ended. Read them before, into a tensor of the graph's"
-            )
-        packed = torch.empty((tokens, width), dtype=word, device=device)
-        kept: list[Any] = []
-        try:
-            for place, rows, source in zip(_places(sources), records, sources, strict=True):
-                if source.numel():
-                    words = source.view(source.shape[0], -1).view(word)
-                    _send(rows, words, columns, packed[place], kept)
-        finally:
-            if kept:  # also when a later record failed: the earlier copies are under way
-                inflight.hold(torch.cuda.current_stream(device), kept)
-        return _widened(packed, route_bytes, dtype).view(tokens, layers, top_k)
-
-
-def _in_words(
-    runs: Sequence[Run], layers: int, layer_bytes: int
-) -> tuple[torch.dtype, tuple[Run, ...]]:
+def _in_words(runs: Sequence[Run], layout: RouteLayout) -> tuple[torch.dtype, tuple[Run, ...]]:
     """The widest word that rows and runs are whole numbers of, and the runs counted in it."""
+    layer_bytes = layout.top_k * layout.dtype.itemsize
     in_bytes = [Run(*(layer_bytes * position for position in run)) for run in runs]
-    size = math.gcd(8, layers * layer_bytes, *(place for run in in_bytes for place in run))
+    size = math.gcd(8, layout.row_bytes, *(place for run in in_bytes for place in run))
     return _WORDS[size], tuple(Run(*(place // size for place in run)) for run in in_bytes)
+
+
+def _width(runs: Sequence[Run]) -> int:
+    last = runs[-1]
+    return last.to + last.end - last.first
 
 
 def _send(

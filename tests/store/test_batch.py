@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -22,6 +23,7 @@ from shmroute import (
     selection,
 )
 from shmroute.attached import attach
+from shmroute.ticket import decode
 
 torch = pytest.importorskip("torch")
 
@@ -280,6 +282,14 @@ def test_dtypes_that_no_trainer_indexes_with_are_refused(tickets, dtype):
 def test_devices_other_than_cpu_and_cuda_are_refused(tickets):
     with pytest.raises(ValueError, match="device meta"):
         read_batch(tickets, device="meta")
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 4000])
+def test_a_ticket_that_lies_about_its_rows_is_refused(arena, tickets, tokens):
+    forged = dataclasses.replace(decode(tickets[2]), tokens=tokens).encode()
+    with pytest.raises(InvalidTicket, match="the ticket speaks of"):
+        read_batch([tickets[0], forged, tickets[1]])
+    assert leases_on(arena) == 0
 
 
 def test_missing_rows_are_ranges_of_the_batch(arena):
