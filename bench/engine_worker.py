@@ -219,9 +219,10 @@ class Worker:
             )
         try:
             for beside in (False, True):
-                for place in places if trainer else places[:1]:
-                    for one in latency(load, trainer, place, beside=beside):
-                        self.figures.setdefault("latency", []).append(one)
+                deliveries = latency(
+                    load, trainer, places if trainer else places[:1], beside=beside
+                )
+                self.figures.setdefault("latency", []).extend(deliveries)
                 self._add_trace("latency_beside" if beside else "latency", routes)
         finally:
             if trainer is not None:

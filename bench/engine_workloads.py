@@ -244,29 +244,34 @@ class Reader(Protocol):
     def read(self, routes: str, where: str) -> dict[str, float]: ...
 
 
-def latency(load: Load, reader: Reader | None, place: str, *, beside: bool) -> list[Any]:
+def latency(load: Load, reader: Reader | None, places: Sequence[str], *, beside: bool) -> list[Any]:
     """One request after the other; its routes go to the trainer as soon as it is answered.
 
-    The prompt is cached, so a request takes some 16 decode steps. ``place`` is where the trainer
-    wants the rows, ``host`` or ``cuda``; ``beside`` runs requests next to steady streams.
+    The prompt is cached, so a request takes some 16 decode steps. ``places`` are where the
+    trainer wants the rows in turn, ``host`` or ``cuda``. ``beside`` runs requests next to steady
+    streams, half as many.
     """
-    result: list[Any] = load.run(_latency(load, reader, place, beside))
+    result: list[Any] = load.run(_latency(load, reader, places, beside))
     return result
 
 
-async def _latency(load: Load, reader: Reader | None, place: str, beside: bool) -> list[Any]:
+async def _latency(
+    load: Load, reader: Reader | None, places: Sequence[str], beside: bool
+) -> list[Any]:
+    repeats = load.scale.latency_repeats // (2 if beside else 1)
     measured: list[Any] = []
     prompts = {name: load.prompts(1, tokens)[0] for name, tokens in load.scale.latency_prompts}
     for prompt in prompts.values():
-        await _one_delivery(load, prompt, reader, place)
+        for place in places:
+            await _one_delivery(load, prompt, reader, place)
     for name, prompt in prompts.items():
         streams: list[Stream] = []
         tasks: list[asyncio.Task[None]] = []
         if beside:
             # New ones for each length, or the first would have to last very long.
-            output = 60 + 20 * load.scale.latency_repeats
+            output = 60 + 20 * repeats * len(places)
             streams, tasks = await load.steady_streams(64, output)
-        for _ in range(load.scale.latency_repeats):
+        for place in list(places) * repeats:
             one = await _one_delivery(load, prompt, reader, place)
             measured.append({**one, "name": name, "place": place, "beside": beside})
         await asyncio.gather(*tasks)
