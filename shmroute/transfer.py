@@ -16,7 +16,10 @@ anything else
     An arena that is not locked yet or could not be, and inline records: the CPU packs the
     layers into a page-locked piece, and the copy engine takes it while the next is packed.
 
-All of it runs on the current stream of the device. Leases are kept by ``inflight``.
+On the CPU, too, layers are packed first and widened then: torch widens a strided tensor at a
+third of the speed of both together.
+
+On a GPU all of it runs on the current stream. Leases are kept by ``inflight``.
 """
 
 from __future__ import annotations
@@ -79,57 +82,51 @@ def pack(
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    shape = (tokens, _width(runs), layout.top_k)
+    word, columns = _in_words(runs, layout)
+    words = (tokens, _width(columns))
     if device.type == "cpu":
-        packed = torch.empty(shape, dtype=dtype or getattr(torch, layout.dtype_name))
-        for _, source, place in _placed(records):
-            _copy(source, runs, packed[place])
-        return packed
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "routes cannot be read while a CUDA graph is captured: its replays would read "
-                "records whose leases have ended. Read them before, into a tensor of the graph's"
-            )
-        word, columns = _in_words(runs, layout)
-        packed_words = _gather(records, columns, (tokens, _width(columns)), word, device)
-        return _widened(packed_words, layout.dtype.itemsize, dtype).view(shape)
+        packed = torch.empty(words, dtype=word)
+        for _, source, place in _placed(records, word):
+            _copy(source, columns, packed[place])
+    else:
+        with torch.cuda.device(device):
+            packed = _gather(records, columns, torch.empty(words, dtype=word, device=device))
+    return _widened(packed, layout.dtype.itemsize, dtype).view(tokens, _width(runs), layout.top_k)
 
 
-def _placed(records: Iterable[Rows]) -> Iterator[tuple[Rows, torch.Tensor, slice]]:
-    """Each record, a CPU tensor over it, and where on axis 0 of the result it goes."""
+def _placed(
+    records: Iterable[Rows], word: torch.dtype
+) -> Iterator[tuple[Rows, torch.Tensor, slice]]:
+    """Each record that has rows, its words on the CPU, and where on axis 0 they go."""
     first = 0
     for rows in records:
         source = views.as_tensor(rows)
         end = first + source.shape[0]
-        yield rows, source, slice(first, end)
+        if end > first:
+            yield rows, source.view(end - first, -1).view(word), slice(first, end)
         first = end
 
 
-def _copy(source: torch.Tensor, runs: Sequence[Run], target: torch.Tensor) -> None:
-    """Copy runs of axis 1; asynchronous where the two lie in memory that allows it."""
-    for to, first, end in runs:
+def _copy(source: torch.Tensor, columns: Sequence[Run], target: torch.Tensor) -> None:
+    """Copy columns of words; asynchronous where the two lie in memory that allows it."""
+    for to, first, end in columns:
         target[:, to : to + end - first].copy_(source[:, first:end], non_blocking=True)
 
 
-def _gather(
-    records: Iterable[Rows],
-    columns: Sequence[Run],
-    shape: tuple[int, int],
-    word: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    """The packed rows as words on a GPU."""
-    packed = torch.empty(shape, dtype=word, device=device)
+def _gather(records: Iterable[Rows], columns: Sequence[Run], packed: torch.Tensor) -> torch.Tensor:
+    """Queue the copies that fill a tensor of words on the current device."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "routes cannot be read while a CUDA graph is captured: its replays would read "
+            "records whose leases have ended. Read them before, into a tensor of the graph's"
+        )
     kept: list[Any] = []
     try:
-        for rows, source, place in _placed(records):
-            if source.numel():
-                words = source.view(source.shape[0], -1).view(word)
-                _send(rows, words, columns, packed[place], kept)
+        for rows, words, place in _placed(records, packed.dtype):
+            _send(rows, words, columns, packed[place], kept)
     finally:
         if kept:  # also when a later record failed: the earlier copies are under way
-            inflight.hold(torch.cuda.current_stream(device), kept)
+            inflight.hold(torch.cuda.current_stream(), kept)
     return packed
 
 
