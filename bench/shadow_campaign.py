@@ -246,7 +246,12 @@ CASES: dict[str, Case] = {
         rows=80_000,
     ),
     "full": Case(
-        "dimensions of Qwen3-30B-A3B", _full, bulk, {"load_format": "dummy"}, rows=1_000_000
+        "dimensions of Qwen3-30B-A3B; snapshots in turn on either stream",
+        _full,
+        bulk,
+        {"load_format": "dummy"},
+        rows=1_000_000,
+        faults=("timed-snapshots",) if has_gpu() else (),
     ),
     "memory-saver": Case(
         "memory given back and taken again",
@@ -329,6 +334,8 @@ def run_case(name: str) -> list[Row]:
     """Serve one case and judge it by the engine's own counters."""
     case, arena = CASES[name], f"shadow-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
+        timings = Path(folder, "snapshots.txt")
+        os.environ[shadow_faults.SNAPSHOT_FILE] = str(timings)
         model = case.model(Path(folder))
         engine = shadow_faults.engine(case.faults)(**arguments_for(case, model, arena))
         try:
@@ -342,8 +349,27 @@ def run_case(name: str) -> list[Row]:
         finally:
             engine.shutdown()
             shmroute.reap(arena, force=True)
+        waits = snapshot_waits(name, timings)
     print(name, json.dumps(counters), flush=True)
-    return judge(name, case, client, counters, seconds, arenas)
+    return [*judge(name, case, client, counters, seconds, arenas), *waits]
+
+
+def snapshot_waits(name: str, timings: Path) -> list[Row]:
+    """How long snapshots took, by the stream that they were taken on."""
+    taken: dict[str, list[float]] = {}
+    for line in timings.read_text().splitlines() if timings.exists() else ():
+        way, milliseconds = line.split()
+        taken.setdefault(way, []).append(float(milliseconds))
+    rows = []
+    for way, times in sorted(taken.items()):
+        for label, value in (
+            ("p50", np.percentile(times, 50)),
+            ("p99", np.percentile(times, 99)),
+            ("longest", max(times)),
+        ):
+            what = f"{name}: snapshot on the {way} stream, {label} of {len(times)}"
+            rows.append(Row(what, round(float(value), 3), "ms"))
+    return rows
 
 
 def settled(arena: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 VARIABLE = "SHMROUTE_BENCH_FAULTS"
+SNAPSHOT_FILE = "SHMROUTE_BENCH_SNAPSHOTS"
 _DELAY_CYCLES = 6_000_000  # 3 ms or so of the GPU's clock
 _COPIES_BEFORE_ERROR = 20
 
@@ -93,4 +94,48 @@ def _copy_error() -> None:
     DeviceGatherer.copy_rows = failing  # type: ignore[method-assign]
 
 
-_FAULTS = {"late-gather": _late_gather, "no-fence": _no_fence, "copy-error": _copy_error}
+def _timed_snapshots() -> None:
+    """Take snapshots in turn by step on the side stream and on the schedule stream; time both.
+
+    Milliseconds from the request's end to its finished snapshot go to ``SNAPSHOT_FILE``.
+    """
+    import torch
+
+    from sglang_bridge.gather_device import DeviceGatherer
+
+    ours = DeviceGatherer.snapshot
+    clock = torch.cuda.Stream()
+    open_ones: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+    path = os.environ[SNAPSHOT_FILE]
+
+    def timed(self: Any, pool: Any, slot: int, start: int, end: int) -> Any:
+        way = ("side", "schedule")[self._processed % 2]
+        asked, taken = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        asked.record(clock)
+        if way == "side":
+            locations = ours(self, pool, slot, start, end)
+            taken.record(self._gather)
+        else:
+            locations = pool[slot, start:end].to(torch.int32, copy=True)
+            taken.record()
+            self._gather.wait_event(taken)
+        open_ones.append((way, asked, taken))
+        _write_finished(path, open_ones)
+        return locations
+
+    DeviceGatherer.snapshot = timed  # type: ignore[method-assign]
+
+
+def _write_finished(path: str, open_ones: list[tuple[str, Any, Any]]) -> None:
+    with open(path, "a") as file:
+        while open_ones and open_ones[0][1].query() and open_ones[0][2].query():
+            way, asked, taken = open_ones.pop(0)
+            file.write(f"{way} {asked.elapsed_time(taken):.4f}\n")
+
+
+_FAULTS = {
+    "timed-snapshots": _timed_snapshots,
+    "late-gather": _late_gather,
+    "no-fence": _no_fence,
+    "copy-error": _copy_error,
+}

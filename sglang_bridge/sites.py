@@ -8,6 +8,7 @@ applied each is checked to be in place.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -253,6 +254,19 @@ def _resolve(target: str) -> Any:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
         raise StartRefused(
-            f"SGLang {version()} has no {target} ({error}); shmroute does not know this version. "
-            "Use a version that the README lists"
+            f"SGLang {version()} has no {target} ({_cause(target) or error}); shmroute does not know "
+            "this version. Use a version that the README lists"
         ) from error
+
+
+def _cause(target: str) -> str | None:
+    """Why a module of the target cannot be imported: looking a name up hides that."""
+    parts = target.split(".")
+    for end in range(1, len(parts)):
+        try:
+            importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            return None if error.name == ".".join(parts[:end]) else str(error)
+        except ImportError as error:
+            return str(error)
+    return None

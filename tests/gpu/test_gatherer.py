@@ -141,7 +141,7 @@ def check(served: list[tuple[bytes, np.ndarray]]) -> None:
             routes.release()
 
 
-@pytest.mark.parametrize("experts", [8, 256, 257, 512])
+@pytest.mark.parametrize("experts", [16, 256, 257, 512])
 @pytest.mark.parametrize("top_k", [1, 8])
 def test_the_kernel_stores_what_the_torch_form_stores(experts: int, top_k: int) -> None:
     routes = RouteLayout(experts, top_k, [1, 2, 4, 7], num_layers=8)
@@ -205,11 +205,9 @@ def test_a_full_arena_sends_the_rows_inline(make_bridge: Make) -> None:
 
 def test_a_record_is_not_sealed_before_its_copy_is_there(make_bridge: Make) -> None:
     bridge = make_bridge()
-    bridge.serve("warm", 10)
-    bridge.flush()
+    ticket, rows = bridge.serve("held", 500)
     with torch.cuda.stream(bridge.gatherer._copy):
         torch.cuda._sleep(2_000_000_000)  # a second or so
-    ticket, rows = bridge.serve("held", 500)
     bridge.flush()
     with pytest.raises(RouteTimeout):
         ShmRouteReader(ticket, timeout=0.1)
@@ -234,12 +232,12 @@ def reused_at_once(bridge: Bridge, steps: int = 40) -> int:
     for step in range(steps):
         bridge.table.scatter(device[step % 4].clone(), where, words, positions, 0)
         torch.cuda.synchronize()
-        with torch.cuda.stream(bridge.gatherer._gather):
-            torch.cuda._sleep(3_000_000)  # the gather comes late
         taken = bridge.gatherer.snapshot(bridge.req_to_token, 0, 0, 2000)
         ticket = bridge.publisher.collect(
             Finished(f"{step}", 0, 2000, 1, taken, token_ids=lambda: ids)
         )
+        with torch.cuda.stream(bridge.gatherer._gather):
+            torch.cuda._sleep(3_000_000)  # the gather comes late
         bridge.flush()
         bridge.table.scatter(device[(step + 1) % 4].clone(), where, words, positions, 0)
         with ShmRouteReader(ticket) as read:

@@ -1,0 +1,463 @@
+"""What capture, copy and reading cost on a GPU, without an engine around them.
+
+    python bench/gpu.py [--quick] [--json PATH]      (about 60 s on an H100)
+
+Rows are those of Qwen3-30B-A3B: 48 layers, top-8 of 128 experts, 384 bytes a token. The table
+holds 200,000 KV tokens and locations are scattered over it. Ceilings are torch's own page-locked
+memory, measured in the same run. Host times are of the calling thread, p50 and p99 of many
+rounds; GPU times are between events.
+
+The scatter is measured three ways: the fused kernel, the eager torch form, and that form in a
+captured CUDA graph, whose static inputs have to be filled first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import result_file
+import torch
+from result_file import Row
+
+import shmroute
+from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.finished import Finished
+from sglang_bridge.gather_device import DeviceGatherer
+from sglang_bridge.publisher import Publisher
+from sglang_bridge.table import RouteTable
+from shmroute import RouteLayout, ShmRouteReader
+from shmroute.pinned import PageLock, pinned_tensor
+
+ROUTES = RouteLayout(128, 8, range(48), model="Qwen/Qwen3-30B-A3B")
+DEVICE = torch.device("cuda:0")
+KV_TOKENS = 200_000
+VOCABULARY = 151_936
+
+Rows = list[Row]
+
+
+class Rig:
+    """An arena, its publisher and a filled table; requests share tokens and locations."""
+
+    def __init__(self, capacity: str, slots: int) -> None:
+        self.arena = shmroute.Arena.create(
+            f"bench-gpu-{os.getpid()}-{secrets.token_hex(3)}",
+            ROUTES,
+            capacity=capacity,
+            slots=slots,
+            maintained=True,
+        )
+        self.table = RouteTable(ROUTES, KV_TOKENS, DEVICE, vocabulary=VOCABULARY)
+        self.gatherer = DeviceGatherer(self.table, self.arena, self.arena.writer.counters)
+        self.publisher = Publisher(
+            self.arena,
+            WeightEpochs(),
+            self.gatherer,
+            vocabulary=VOCABULARY,
+            inline_when_full=True,
+            shadow=False,
+        )
+        self.publisher.start()
+        random = np.random.default_rng(1)
+        self.pool = torch.zeros((256, 40_000), dtype=torch.int32, device=DEVICE)
+        where = random.permutation(KV_TOKENS - 1)[:40_000] + 1
+        self.pool[:] = torch.from_numpy(where.astype(np.int32)).to(DEVICE)
+        self.ids = random.integers(3, VOCABULARY, 40_000)
+        self._fill(where)
+
+    def _fill(self, where: np.ndarray) -> None:
+        for begin in range(0, 40_000, 4000):
+            part = slice(begin, begin + 4000)
+            scores = torch.rand((4000, 48, 128), device=DEVICE)
+            captured = scores.topk(8, dim=-1).indices.to(torch.int32).contiguous()
+            self.table.scatter(
+                captured,
+                torch.from_numpy(where[part]).to(DEVICE),
+                torch.from_numpy(self.ids[part]).to(DEVICE),
+                torch.arange(begin, begin + 4000, device=DEVICE),
+                0,
+            )
+        torch.cuda.synchronize()
+
+    def collect(self, rid: str, tokens: int, slot: int = 0) -> bytes:
+        """What the hook does at a request's end."""
+        taken = self.gatherer.snapshot(self.pool, slot, 0, tokens)
+        ids = self.ids[:tokens]
+        return self.publisher.collect(
+            Finished(rid, 0, tokens, tokens, taken, token_ids=lambda: ids)
+        )
+
+    def settle(self) -> None:
+        deadline = time.monotonic() + 60
+        while list(self.arena.writer.in_flight()):
+            if time.monotonic() > deadline:
+                raise TimeoutError("records stay unsealed")
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self.publisher.stop()
+        shmroute.reap(self.arena.name, force=True)
+
+
+@contextlib.contextmanager
+def rig(capacity: str = "6GiB", slots: int = 4096) -> Iterator[Rig]:
+    made = Rig(capacity, slots)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def host_us(function: Callable[[], Any], rounds: int) -> np.ndarray:
+    """Microseconds of the calling thread, the GPU idle before each."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        began = time.perf_counter_ns()
+        function()
+        times.append((time.perf_counter_ns() - began) / 1e3)
+    torch.cuda.synchronize()
+    return np.array(times)
+
+
+def gpu_us(function: Callable[[], Any], rounds: int) -> float:
+    """Median microseconds between two events around it, on the current stream."""
+    times = []
+    for _ in range(rounds):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000)  # so that launches are queued before they run
+        first.record()
+        function()
+        last.record()
+        torch.cuda.synchronize()
+        times.append(first.elapsed_time(last) * 1e3)
+    return float(np.median(times))
+
+
+def gbs(nbytes: int, microseconds: float) -> float:
+    return round(nbytes / microseconds / 1e3, 2)
+
+
+def figure(value: Any) -> float:
+    return float(f"{value:.4g}")
+
+
+def percentiles(name: str, times: np.ndarray, p50: float | None, p99: float | None) -> Rows:
+    shown = []
+    for label, value, budget in (
+        ("p50", np.percentile(times, 50), p50),
+        ("p99", np.percentile(times, 99), p99),
+    ):
+        sense: Any = None if budget is None else "max"
+        shown.append(Row(f"{name}, {label}", figure(value), "us", budget, sense))
+    return shown
+
+
+# -- page-locking and copies -----------------------------------------------------------------------
+
+
+def page_locking(rounds: int) -> Rows:
+    """How long a registration takes, and what it does to launches of another thread."""
+    del rounds
+    memory = torch.zeros(4 << 30, dtype=torch.uint8)
+    lock = PageLock(memory.data_ptr(), memory.nbytes, what="bench")
+    small = torch.zeros(1024, device=DEVICE)
+    quiet = host_us(lambda: small.add_(1), 300)
+    began = time.perf_counter()
+    lock.start()
+    busy = []
+    while not lock.wait(0) and lock.refused is None:
+        at = time.perf_counter_ns()
+        small.add_(1)
+        busy.append((time.perf_counter_ns() - at) / 1e3)
+        time.sleep(0.0005)
+    seconds = time.perf_counter() - began
+    lock.close()
+    return [
+        Row("page-locking, a GiB", figure(seconds / 4), "s"),
+        Row("launch while another thread page-locks 4 GiB, p50", figure(np.median(busy)), "us"),
+        Row("launch while another thread page-locks 4 GiB, longest", figure(max(busy)), "us"),
+        Row("launch without, p50", figure(np.median(quiet)), "us"),
+    ]
+
+
+def copies(made: Rig, rounds: int) -> Rows:
+    """Device to arena against device to torch's page-locked memory."""
+    rows = []
+    heap = made.gatherer._heap
+    for tokens in (2048, 21_845, 32_768, 174_762):
+        nbytes = tokens * ROUTES.row_bytes
+        source = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+        torch_pinned = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        pageable = torch.empty(nbytes, dtype=torch.uint8)
+        targets = {"torch": torch_pinned, "arena": heap[: source.nbytes]}
+        took: dict[str, list[float]] = {name: [] for name in targets}
+        for _ in range(3):
+            for name, target in targets.items():
+                took[name].append(
+                    gpu_us(functools.partial(target.copy_, source, non_blocking=True), rounds)
+                )
+        ceiling, ours = (gbs(nbytes, min(took[name])) for name in ("torch", "arena"))
+        label = f"{nbytes / 1e6:.1f} MB"
+        enough = nbytes >= 8_000_000
+        rows += [
+            Row(f"device to torch's page-locked memory, {label}", ceiling, "GB/s"),
+            Row(f"device to the arena, {label}", ours, "GB/s"),
+            Row(
+                f"arena / ceiling, {label}",
+                figure(100 * ours / ceiling),
+                "%",
+                95 if enough else None,
+                "min" if enough else None,
+            ),
+        ]
+        if nbytes == 32_768 * 384:
+            slow = gpu_us(functools.partial(pageable.copy_, source), rounds)
+            rows.append(Row(f"device to pageable memory, {label}", gbs(nbytes, slow), "GB/s"))
+    return rows
+
+
+# -- the forward -----------------------------------------------------------------------------------
+
+
+def scatter(made: Rig, rounds: int) -> Rows:
+    """A step's scatter, three ways, for decode batches and a prefill."""
+    rows = []
+    for tokens in (64, 160, 8192):
+        scores = torch.rand((tokens, 48, 128), device=DEVICE)
+        captured = scores.topk(8, dim=-1).indices.to(torch.int32).contiguous()
+        buffer = captured.clone()
+        where = torch.randperm(KV_TOKENS - 1, device=DEVICE)[:tokens] + 1
+        ids = torch.randint(0, VOCABULARY, (tokens,), device=DEVICE)
+        positions = torch.arange(tokens, device=DEVICE)
+        table = RouteTable(ROUTES, KV_TOKENS, DEVICE, vocabulary=VOCABULARY)
+        arguments = (buffer, where, ids, positions, 0)
+
+        def fused(table: RouteTable = table, arguments: Any = arguments) -> None:
+            table.scatter(*arguments)
+
+        def eager(table: RouteTable = table, arguments: Any = arguments) -> None:
+            table.scatter_with_torch(*arguments)
+
+        static = [one.clone() for one in (where, ids, positions)]
+        graph = _captured(table, buffer, static)
+
+        def replayed(graph: Any = graph, static: Any = static, given: Any = arguments) -> None:
+            for target, source in zip(static, given[1:4], strict=True):
+                target.copy_(source)
+            graph.replay()
+
+        for name, form in (("fused kernel", fused), ("eager", eager), ("graph", replayed)):
+            form()
+            buffer.copy_(captured)
+            label = f"scatter of {tokens} tokens, {name}"
+            host = host_us(form, rounds)
+            budget = 50 if name == "fused kernel" else None
+            rows += percentiles(f"{label}, host", host, budget, None)
+            buffer.copy_(captured)
+            rows.append(Row(f"{label}, GPU", figure(gpu_us(form, rounds)), "us"))
+    return rows
+
+
+def _captured(table: RouteTable, buffer: torch.Tensor, static: list[torch.Tensor]) -> Any:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        table.scatter_with_torch(buffer, *static, 0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        table.scatter_with_torch(buffer, *static, 0)
+    return graph
+
+
+# -- the end of requests ---------------------------------------------------------------------------
+
+
+def finishes(made: Rig, rounds: int) -> Rows:
+    """The scheduler thread's part, and when rows are there, for requests ending together."""
+    rows = []
+    for count, tokens in ((1, 1024), (1, 8192), (1, 32_768), (4, 8192), (160, 768)):
+        collect, flush, there = [], [], []
+        for turn in range(rounds if count == 1 else max(5, rounds // 8)):
+            torch.cuda.synchronize()
+            began = time.perf_counter_ns()
+            tickets = [made.collect(f"{tokens}-{turn}-{i}", tokens, i) for i in range(count)]
+            collected = time.perf_counter_ns()
+            made.publisher.flush()
+            made.gatherer.result_processed(0)
+            flushed = time.perf_counter_ns()
+            with ShmRouteReader(tickets[-1]):
+                there.append((time.perf_counter_ns() - flushed) / 1e3)
+            collect.append((collected - began) / 1e3 / count)
+            flush.append((flushed - collected) / 1e3)
+            made.settle()
+            shmroute.release(tickets)
+        whole = np.array(collect) * count + np.array(flush)
+        label = f"{count} x {tokens} tokens"
+        budgets = (100, 300) if count == 1 else (None, None)
+        rows += percentiles(f"scheduler thread, {label}", whole, *budgets)
+        if count == 160:
+            typical = figure(float(np.median(whole)) / 1e3)
+            rows.append(Row(f"scheduler thread, {label}, in all", typical, "ms", 3, "max"))
+        rows += [
+            Row(f"of these a request's hook, {label}, p50", figure(np.median(collect)), "us"),
+            Row(f"of these the flush, {label}, p50", figure(np.median(flush)), "us"),
+            Row(f"from the flush to an open record, {label}, p50", figure(np.median(there)), "us"),
+        ]
+    return rows
+
+
+def waits(made: Rig, rounds: int) -> Rows:
+    """How long the next forward's scatter would wait for the gather, if it came at once."""
+    rows = []
+    for count in (1, 16, 160):
+        took = []
+        for turn in range(max(4, rounds // 20)):
+            torch.cuda.synchronize()
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            tickets = [made.collect(f"w{count}-{turn}-{i}", 8192, i) for i in range(count)]
+            first.record(made.gatherer._gather)
+            made.publisher.flush()
+            made.gatherer.fence()
+            last.record()
+            torch.cuda.synchronize()
+            took.append(first.elapsed_time(last) * 1e3)
+            made.settle()
+            shmroute.release(tickets)
+        rows.append(
+            Row(
+                f"a scatter that comes at once waits, {count} x 8192 tokens",
+                figure(np.median(took)),
+                "us",
+            )
+        )
+    return rows
+
+
+def snapshots(made: Rig, rounds: int) -> Rows:
+    """A snapshot while the next forward runs 20 ms, as in SGLang's overlap, both ways."""
+    forward, schedule = torch.cuda.Stream(), torch.cuda.Stream()
+    took: dict[str, list[float]] = {"side stream": [], "schedule stream": []}
+    for turn in range(max(10, rounds // 10)):
+        way = ("side stream", "schedule stream")[turn % 2]
+        torch.cuda.synchronize()
+        made.gatherer.result_processed(0)
+        with torch.cuda.stream(forward):
+            forward.wait_stream(schedule)
+            made.gatherer.forward_begins()
+            torch.cuda._sleep(36_000_000)
+        schedule.wait_stream(forward)  # SGLang's barrier, its coarse form
+        began = time.perf_counter_ns()
+        with torch.cuda.stream(schedule):
+            if way == "side stream":
+                made.gatherer.snapshot(made.pool, 0, 0, 8192)
+                made.gatherer._gather.synchronize()
+            else:
+                made.pool[0, :8192].clone()
+                schedule.synchronize()
+        took[way].append((time.perf_counter_ns() - began) / 1e3)
+    return [
+        Row(f"snapshot behind a 20 ms forward, {way}, p50", figure(np.median(times)), "us")
+        for way, times in took.items()
+    ]
+
+
+# -- the trainer -----------------------------------------------------------------------------------
+
+
+def trainer(made: Rig, rounds: int) -> Rows:
+    """Rows onto the trainer's GPU: one record, and a packed batch of 64 x 8,192 tokens."""
+    tickets = []
+    for i in range(64):
+        tickets.append(made.collect(f"t{i}", 8192, i))
+    long = made.collect("t-long", 32_768, 0)
+    made.publisher.flush()
+    made.settle()
+    shmroute.read_batch(tickets[:2], device=DEVICE)  # starts the reader's own page-locking
+    time.sleep(8)
+    nbytes = 64 * 8192 * ROUTES.row_bytes
+    pinned = pinned_tensor(nbytes)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+    repeats = max(5, rounds // 20)
+    ceiling = gbs(
+        nbytes, gpu_us(functools.partial(target.copy_, pinned, non_blocking=True), repeats)
+    )
+    del pinned, target
+
+    def whole(layers: slice | None) -> float:
+        times = []
+        for _ in range(repeats + 2):
+            torch.cuda.synchronize()
+            began = time.perf_counter_ns()
+            batch = shmroute.read_batch(tickets, layers=layers, device=DEVICE)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter_ns() - began) / 1e3)
+            del batch
+        return float(np.median(times[2:]))
+
+    def one() -> float:
+        times = []
+        for _ in range(repeats + 2):
+            began = time.perf_counter_ns()
+            with ShmRouteReader(long) as routes:
+                routes.torch(device=DEVICE)
+                torch.cuda.synchronize()
+            times.append((time.perf_counter_ns() - began) / 1e3)
+        return float(np.median(times[2:]))
+
+    all_layers, stage, single = whole(None), whole(slice(0, 12)), one()
+    return [
+        Row("page-locked memory to the device, 201 MB", ceiling, "GB/s"),
+        Row("packed batch to the device, 64 x 8192 tokens", figure(all_layers / 1e3), "ms"),
+        Row(
+            "packed batch / ceiling",
+            figure(100 * gbs(nbytes, all_layers) / ceiling),
+            "%",
+            90,
+            "min",
+        ),
+        Row("the same, 12 of 48 layers", figure(stage / 1e3), "ms"),
+        Row("one record of 32768 tokens by ticket to the device", figure(single / 1e3), "ms"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a tenth of the rounds")
+    parser.add_argument("--json", type=Path, help="write the result file")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench/gpu.py needs a CUDA device, and torch sees none here", file=sys.stderr)
+        return 2
+    rounds = 40 if options.quick else 200
+    rows: Rows = page_locking(rounds)
+    with rig() as made:
+        if not made.gatherer.page_lock.wait(60):
+            print(f"the arena is not page-locked: {made.gatherer.page_lock.refused}")
+        for part in (copies, scatter, finishes, waits, snapshots, trainer):
+            began = time.monotonic()
+            rows += part(made, rounds)
+            print(f"{part.__name__}: {time.monotonic() - began:.1f} s", flush=True)
+            if options.json:
+                command = shlex.join(["python", "bench/gpu.py", *(["--quick"] * options.quick)])
+                result_file.write(options.json, "gpu", command, rows)
+    result_file.print_table(rows, "on the GPU")
+    return result_file.exit_code(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
