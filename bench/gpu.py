@@ -272,13 +272,14 @@ def scatter(made: Rig, rounds: int) -> Rows:
 
 
 def _captured(table: RouteTable, buffer: torch.Tensor, static: list[torch.Tensor]) -> Any:
+    where, ids, positions = static
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        table.scatter_with_torch(buffer, *static, 0)
+        table.scatter_with_torch(buffer, where, ids, positions, 0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        table.scatter_with_torch(buffer, *static, 0)
+        table.scatter_with_torch(buffer, where, ids, positions, 0)
     return graph
 
 

@@ -123,7 +123,7 @@ def _timed_snapshots() -> None:
         _write_finished(path, open_ones)
         return locations
 
-    DeviceGatherer.snapshot = timed  # type: ignore[method-assign]
+    DeviceGatherer.snapshot = timed  # type: ignore[method-assign,assignment]
 
 
 def _write_finished(path: str, open_ones: list[tuple[str, Any, Any]]) -> None:

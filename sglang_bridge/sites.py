@@ -253,9 +253,10 @@ def _resolve(target: str) -> Any:
     try:
         return pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
+        cause = _cause(target) or error
         raise StartRefused(
-            f"SGLang {version()} has no {target} ({_cause(target) or error}); shmroute does not know "
-            "this version. Use a version that the README lists"
+            f"SGLang {version()} has no {target} ({cause}); shmroute does not know this version. "
+            "Use a version that the README lists"
         ) from error
 
 
