@@ -39,9 +39,9 @@ class AttachedArena:
     def segment(self) -> SegmentName:
         return self.memory.segment
 
-    def slots_of(self, hash_value: np.uint64) -> list[int]:
+    def slots_of(self, hash_value: int) -> list[int]:
         """Slots whose rid hash is this one: a hint, to be checked under a lease."""
-        return np.flatnonzero(self.memory.hashes == hash_value).tolist()
+        return np.flatnonzero(self.memory.hashes == np.uint64(hash_value)).tolist()
 
     def page_locked(self, device: int) -> bool:
         """Whether CUDA may read the heap by itself now; the first call has it page-locked.

@@ -157,7 +157,8 @@ class RouteLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one token's routes."""
-        return len(self.layer_ids) * self.top_k * self.dtype.itemsize
+        # Not ``dtype.itemsize``, which makes a dtype each time: every reserve asks.
+        return len(self.layer_ids) * self.top_k * (1 if self.num_experts <= 256 else 2)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -250,8 +251,9 @@ def plan_extent(routes: RouteLayout, rid_bytes: int, tokens: int) -> ExtentPlan:
     runs of weight versions; it stays under 2% of the rows of any record above 64 KB.
     """
     rows = tokens * routes.row_bytes
+    metadata_offset = align(rows)
     metadata = rid_bytes + 128 + (tokens + 7) // 8 + min(rows // 128, 4096)
-    return ExtentPlan(rows, align(rows), align(rows) + align(metadata))
+    return ExtentPlan(rows, metadata_offset, metadata_offset + align(metadata))
 
 
 def initialise(fd: int, description: ArenaDescription) -> None:

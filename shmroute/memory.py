@@ -134,7 +134,7 @@ class ArenaMemory:
         return np.ndarray(shape, dtype=dtype, buffer=self.heap, offset=offset)
 
 
-def rid_hash(rid: str) -> np.uint64:
+def rid_hash(rid: str) -> int:
     """64-bit hash of a rid for the slot table; never 0. Equal hashes are a hint, no proof."""
     digest = hashlib.blake2b(rid.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return np.uint64(int.from_bytes(digest, "little") or 1)
+    return int.from_bytes(digest, "little") or 1

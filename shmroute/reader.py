@@ -155,7 +155,9 @@ class ShmRouteReader:
             except _OtherRid:
                 continue
             except (RouteFailed, RouteGone):
-                if attached.memory.hashes[slot] == wanted and generation == life_of(attached, slot):
+                if wanted == int(attached.memory.hashes[slot]) and generation == life_of(
+                    attached, slot
+                ):
                     raise
                 # The slot went on to another record while we looked: look again.
             return None

@@ -7,8 +7,6 @@ by the generation whether the slot has gone on to another record since.
 
 from __future__ import annotations
 
-import numpy as np
-
 from . import segments
 from .attached import AttachedArena, attach_all
 from .errors import (
@@ -26,7 +24,7 @@ from .ticket import Ticket
 _IN_FLIGHT = (1 << 63) - 1
 
 
-def candidates(wanted: np.uint64, arena: str | None) -> list[tuple[int, int, int, AttachedArena]]:
+def candidates(wanted: int, arena: str | None) -> list[tuple[int, int, int, AttachedArena]]:
     """``(time, generation, slot, arena)`` of the records that may have this rid, newest first.
 
     Data-parallel ranks and restarted engines have arenas of their own, so generations do not

@@ -185,7 +185,7 @@ class RecordWriter:
         """
         rid_bytes = _check_request(rid, tokens, start, prompt_tokens)
         plan = layout.plan_extent(self._routes, rid_bytes, tokens)
-        name = int(rid_hash(rid))
+        name = rid_hash(rid)
         with self._reserving:
             if self._closed:
                 raise ShmRouteError("the arena is closed in this process")
@@ -233,7 +233,7 @@ class RecordWriter:
             return  # the table is no longer this process's, and in a fork the lock has no owner
         with self._reserving:
             if not self._closed:
-                self._forget(int(rid_hash(rid)))
+                self._forget(rid_hash(rid))
 
     def _forget(self, name: int) -> None:
         slot = self._slot_named.get(name)
