@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,9 @@ import shmroute
 from shmroute import RouteFailed, ShmRouteReader, inspection
 
 Outputs = list[dict[str, Any]]
+
+_SECONDS = 300
+_RETRACTION = "Retract requests"
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def mixed(client: Client) -> None:
         for prompt, reply in zip(prompts[:96], first[:96], strict=True)
     ]
     client.send(turns[:48], 24)
-    client.send(turns[48:], 24, start=150)
+    client.send(turns[48:], 24, start=min(map(len, turns[48:])) - 10)
     client.send([client.prompt(n) for n in (3001, 2048, 2047, 1537)], 8)
     client.stream([shared[i % 4] + client.prompt(30) for i in range(32)], 40)
     client.send([client.prompt(40) for _ in range(256)], 300)
@@ -211,7 +217,17 @@ def _qwen_512(path: Path) -> Path:
 
 
 def _deepseek(path: Path) -> Path:
-    return deepseek_v3(path, num_experts=256, top_k=8, layers=4, hidden=256, expert_width=64)
+    # The latent widths of the real one: SGLang's Triton attention knows few.
+    return deepseek_v3(
+        path,
+        num_experts=256,
+        top_k=8,
+        layers=4,
+        hidden=256,
+        expert_width=64,
+        latent=512,
+        rotary=64,
+    )
 
 
 def _full(path: Path) -> Path:
@@ -432,29 +448,65 @@ def main(argv: Iterable[str] | None = None) -> int:
     described = "; ".join(f"{name}: {case.about}" for name, case in CASES.items())
     parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=described)
     parser.add_argument("--json", type=Path, help="write the result file")
+    parser.add_argument("--parallel", type=int, default=1, help="small cases at a time")
+    parser.add_argument("--logs", type=Path, help="folder for each case's output")
     options = parser.parse_args(argv if argv is None else list(argv))
-    rows: list[Row] = []
-    for name in options.cases:
-        # A process for each: SGLang keeps state of its own, and the bridge is set up once.
-        rows += _in_child(name) if len(options.cases) > 1 else run_case(name)
-        if options.json:
-            command = shlex.join(["python", "bench/shadow_campaign.py", *options.cases])
-            result_file.write(options.json, "shadow_campaign", command, rows)
-    if len(options.cases) > 1 or not options.json:
+    command = shlex.join(["python", "bench/shadow_campaign.py", *options.cases])
+    if len(options.cases) == 1 and not options.logs:
+        return _report(run_case(options.cases[0]), options.json, command)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(options.parallel) as workers,
+    ):
+        logs = options.logs or Path(folder)
+        rows: list[Row] = []
+        for found in workers.map(lambda name: _in_child(name, logs), options.cases):
+            rows += found
+            _report(rows, options.json, command, quiet=True)
+    return _report(rows, options.json, command)
+
+
+def _report(rows: list[Row], path: Path | None, command: str, *, quiet: bool = False) -> int:
+    if path:
+        result_file.write(path, "shadow_campaign", command, rows)
+    if not quiet:
         result_file.print_table(rows, "shadow campaign")
     return result_file.exit_code(rows)
 
 
-def _in_child(name: str) -> list[Row]:
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        child = subprocess.run(
-            [sys.executable, __file__, name, "--json", file.name], check=False, timeout=400
+def _in_child(name: str, logs: Path) -> list[Row]:
+    """A process for each: SGLang keeps state of its own, and the bridge is set up once."""
+    logs.mkdir(parents=True, exist_ok=True)
+    result, log = logs / f"shadow-{name}.json", logs / f"shadow-{name}.log"
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, __file__, name, "--json", str(result)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        content = Path(file.name).read_text()
-    if not content:
-        return [Row(f"{name}: exit code", child.returncode, "", 0, "max")]
-    shown = json.loads(content)["rows"]
-    return [Row(**{key: value for key, value in row.items() if key != "ok"}) for row in shown]
+        try:
+            code = child.wait(_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = -1
+        finally:
+            _end(child)
+    text = log.read_text(errors="replace")
+    retractions = Row(f"{name}: retractions", text.count(_RETRACTION), "")
+    if not result.exists():
+        print(f"{name}: exit code {code}; its log ends with\n{text[-3000:]}", flush=True)
+        return [Row(f"{name}: exit code", code, "", 0, "max"), Row(f"{name}: ran", 0, "", 1, "min")]
+    shown = json.loads(result.read_text())["rows"]
+    fields = [{key: value for key, value in row.items() if key != "ok"} for row in shown]
+    return [*(Row(**one) for one in fields), retractions]
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End what the child started, and the arena that it can no longer remove."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    shmroute.reap(f"shadow-{child.pid}", force=True)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def _late_gather() -> None:
 
     launch = DeviceGatherer._launch
 
-    def late(self: Any, run: Any) -> Any:
-        with torch.cuda.stream(self._gather):
+    def late(self: Any, work: Any) -> None:
+        with torch.cuda.stream(self._gather_stream):
             torch.cuda._sleep(_DELAY_CYCLES)
-        return launch(self, run)
+        launch(self, work)
 
     DeviceGatherer._launch = late  # type: ignore[method-assign]
 
@@ -101,7 +101,7 @@ def _timed_snapshots() -> None:
     """
     import torch
 
-    from sglang_bridge.gather_device import DeviceGatherer
+    from sglang_bridge.gather_device import DeviceGatherer, DeviceLocations
 
     ours = DeviceGatherer.snapshot
     clock = torch.cuda.Stream()
@@ -114,11 +114,12 @@ def _timed_snapshots() -> None:
         asked.record(clock)
         if way == "side":
             locations = ours(self, pool, slot, start, end)
-            taken.record(self._gather)
+            taken.record(self._gather_stream)
         else:
-            locations = pool[slot, start:end].to(torch.int32, copy=True)
+            memory = pool[slot, start:end].clone()
             taken.record()
-            self._gather.wait_event(taken)
+            self._gather_stream.wait_event(taken)
+            locations = DeviceLocations(memory.data_ptr(), memory)
         open_ones.append((way, asked, taken))
         _write_finished(path, open_ones)
         return locations

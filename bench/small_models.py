@@ -104,6 +104,8 @@ def deepseek_v3(
     hidden: int = 128,
     expert_width: int = 32,
     vocab: int = 1024,
+    latent: int = 64,
+    rotary: int = 16,
     seed: int = 0,
 ) -> Path:
     """Write a DeepSeek-V3 checkpoint and return its folder.
@@ -126,9 +128,9 @@ def deepseek_v3(
         topk_method="noaux_tc",
         moe_intermediate_size=expert_width,
         q_lora_rank=64,
-        kv_lora_rank=64,
+        kv_lora_rank=latent,
         qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
+        qk_rope_head_dim=rotary,
         v_head_dim=32,
         # SGLang's MLA on a CPU runs only with the yarn form of rotary embedding.
         rope_scaling={

@@ -178,7 +178,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
         entry, self._entry = self._entry, None
         self._scatter(self.publisher, captured, entry)
-        return ForwardMark(self.publisher.gatherer, entry, native)
+        return ForwardMark(self.publisher, entry, native)
 
     def _scatter(self, publisher: Publisher, captured: torch.Tensor, entry: _Entry | None) -> None:
         try:
@@ -245,8 +245,8 @@ class ForwardMark:
     mode, still gets its own.
     """
 
-    def __init__(self, gatherer: Gatherer, entry: _Entry | None, native: Any) -> None:
-        self._gatherer, self._entry, self._native = gatherer, entry, native
+    def __init__(self, publisher: Publisher, entry: _Entry | None, native: Any) -> None:
+        self._publisher, self._entry, self._native = publisher, entry, native
 
     def map_device_tensors(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self._native is not None:
@@ -255,7 +255,8 @@ class ForwardMark:
     def finalize(self) -> None:
         """The scheduler thread has waited for the forward's end and processes its result."""
         if self._entry is not None:
-            self._gatherer.result_processed(self._entry.number)
+            self._publisher.flush()  # what an interrupted step left pending
+            self._publisher.gatherer.result_processed(self._entry.number)
         if self._native is not None:
             self._native.finalize()
 

@@ -1,7 +1,11 @@
-"""The bridge's error: the engine must not start."""
+"""The bridge's errors."""
 
 from __future__ import annotations
 
 
 class StartRefused(RuntimeError):
     """The engine must not start: it would return wrong routes, or none, unnoticed."""
+
+
+class DeviceError(RuntimeError):
+    """A CUDA call failed; later ones cannot be trusted."""

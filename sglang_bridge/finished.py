@@ -22,7 +22,8 @@ class Finished:
     start, tokens
         Rows ``[start, start + tokens)`` of the request.
     locations
-        ``[tokens]`` KV locations: a copy, since ``req_to_token`` changes right after.
+        Its KV locations, as the gatherer's ``snapshot`` took them: a copy, since
+        ``req_to_token`` changes right after.
     token_ids
         Returns the ids of tokens ``[start, start + tokens)``; called once, later.
     native
@@ -33,7 +34,7 @@ class Finished:
     start: int
     tokens: int
     prompt_tokens: int
-    locations: torch.Tensor
+    locations: Any
     token_ids: Callable[[], npt.NDArray[np.int64]]
     native: torch.Tensor | None = None
 
@@ -83,8 +84,11 @@ class Gatherer(Protocol):
     def result_processed(self, forward: int) -> None:
         """The scheduler thread has waited for this forward's end; its requests end next."""
 
-    def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> torch.Tensor:
-        """Copy a request's KV locations, ordered before any later write of ``req_to_token``."""
+    def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> Any:
+        """Copy a request's KV locations, ordered before any later write of ``req_to_token``.
+
+        Returns what the gatherer makes of it; valid until the next step's result.
+        """
 
     def submit(self, jobs: list[Job]) -> None:
         """Gather what finished in one step; does not wait. Scheduler thread."""

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,16 +40,46 @@ from shmroute import Arena
 from shmroute.counters import Counters
 from shmroute.pinned import PageLock
 
+from .cuda_driver import Event, copy
 from .finished import Finished, Gathered, Job
-from .kernels import gather
-from .staging import LANES, STAGING_BYTES, HostBuffer, HostBuffers, Lane, Run, plan_runs
+from .kernels import Gather
+from .staging import (
+    LANES,
+    PIECE_FIELDS,
+    STAGING_BYTES,
+    HostBuffer,
+    HostBuffers,
+    Lane,
+    Run,
+    plan_runs,
+)
 from .table import RouteTable
 
 logger = logging.getLogger("shmroute")
 
+_INT32, _INT64 = 4, 8
+_LOCATIONS_LEAST = 1 << 18
+
+
+class DeviceLocations(NamedTuple):
+    """A snapshot: ``int32`` KV locations at a device address, and what keeps them there."""
+
+    address: int
+    memory: torch.Tensor
+
 
 class DeviceGatherer:
-    """See ``finished.Gatherer``."""
+    """See ``finished.Gatherer``.
+
+    Parameters
+    ----------
+    table, arena
+        Where rows come from, and whose heap they go to.
+    counters
+        The scheduler thread's.
+    staging_bytes
+        GPU memory for rows on their way; more than that goes through it in turns.
+    """
 
     def __init__(
         self,
@@ -61,28 +91,40 @@ class DeviceGatherer:
         self._table = table
         table.fence = self.fence
         self._counters = counters
-        self._device = table.device
+        self.device = table.device
         routes = table.routes
         self._row_bytes = routes.row_bytes
-        self._lane_bytes = max(staging_bytes // LANES, routes.row_bytes)
+        self._lane_bytes = max(staging_bytes // LANES, routes.row_bytes) & -table.word_bytes
         self._lane_rows = self._lane_bytes // routes.row_bytes
         self._heap = torch.frombuffer(arena.memory.heap, dtype=torch.uint8)
         self.page_lock = PageLock(
             arena.memory.heap_address,
             arena.memory.description.heap_bytes,
             what=f"arena {arena.segment.data}",
-            device=self._device.index,
+            device=self.device.index,
         )
-        self._gather = torch.cuda.Stream(self._device)
-        self._copy = torch.cuda.Stream(self._device)
+        self._gather_stream = torch.cuda.Stream(self.device)
+        self._copy_stream = torch.cuda.Stream(self.device)
+        # Handles: the driver's calls take these, and asking torch costs as much as the call.
+        self._gather, self._copy = (
+            stream.cuda_stream for stream in (self._gather_stream, self._copy_stream)
+        )
+        self._schedule = 0
+        self._gather_rows = Gather(table.words, table.tags)
         self._lanes: list[Lane] = []
         self._next_lane = 0
         self._buffers = HostBuffers(self._lane_rows)
         self._hand_over: Callable[[Gathered | None], None] = lambda _: None
-        self._gathered: torch.cuda.Event | None = None
+        self._begin, self._asked, self._taken, self._gathered = (Event() for _ in range(4))
         self._begun, self._processed = 0, 0
-        self._begin: torch.cuda.Event | None = None
-        self._ordered = False
+        self._ordered, self._unfenced = False, False
+        # Every request holds fewer locations than there are, and few share many of them.
+        self._locations = torch.empty(
+            2 * len(table.tags) + _LOCATIONS_LEAST, dtype=torch.int32, device=self.device
+        )
+        self._locations_used = 0
+        self._pool: torch.Tensor | None = None
+        self._pool_address, self._pool_stride = 0, 0
 
     def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
         self._hand_over = hand_over
@@ -90,18 +132,17 @@ class DeviceGatherer:
         self.page_lock.start()
 
     def _make_lanes(self) -> None:
-        with torch.cuda.stream(self._gather):  # the stream whose later allocations may reuse it
+        with torch.cuda.stream(self._gather_stream):  # whose later allocations may reuse them
             self._lanes = [self._new_lane(self._lane_bytes, self._lane_rows) for _ in range(LANES)]
 
     def _new_lane(self, nbytes: int, rows: int) -> Lane:
-        return Lane(nbytes, rows, self._table.words.dtype, self._device)
+        return Lane(nbytes, rows, self._table.words.dtype, self.device)
 
     # -- the order of the schedule stream ----------------------------------------------------
 
     def forward_begins(self) -> int:
         """On the forward's stream, before the model; returns the forward's number."""
-        self._begin = torch.cuda.Event()
-        self._begin.record()
+        self._begin.record(torch.cuda.current_stream().cuda_stream)
         self._begun += 1
         return self._begun
 
@@ -109,66 +150,87 @@ class DeviceGatherer:
         """The scheduler thread has waited for this forward's end."""
         self._processed = forward
         self._ordered = False
+        # What was taken before has been gathered from, or will be earlier in stream order.
+        self._locations_used = 0
 
     def _come_after_writes(self) -> None:
         """Order the gather stream behind the writes of ``req_to_token`` asked for so far."""
-        if self._begun > self._processed and self._begin is not None:
-            self._gather.wait_event(self._begin)
+        self._schedule = torch.cuda.current_stream().cuda_stream
+        if self._begun > self._processed:
+            self._begin.hold_back(self._gather)
         else:
-            self._gather.wait_stream(torch.cuda.current_stream())
+            self._asked.record(self._schedule)
+            self._asked.hold_back(self._gather)
         self._ordered = True
 
-    def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> torch.Tensor:
+    def snapshot(
+        self, req_to_token: torch.Tensor, slot: int, start: int, end: int
+    ) -> DeviceLocations:
+        if req_to_token is not self._pool:
+            self._look_at(req_to_token)
         if not self._ordered:
             self._come_after_writes()
-        schedule = torch.cuda.current_stream()
-        with torch.cuda.stream(self._gather):
-            locations = req_to_token[slot, start:end].to(torch.int32, copy=True)
-            taken = torch.cuda.Event()
-            taken.record()
-        schedule.wait_event(taken)
-        return locations
+        taken = self._place_for(end - start)
+        source = self._pool_address + _INT32 * (slot * self._pool_stride + start)
+        copy(taken.address, source, _INT32 * (end - start), self._gather)
+        self._taken.record(self._gather)
+        self._taken.hold_back(self._schedule)
+        return taken
+
+    def _look_at(self, req_to_token: torch.Tensor) -> None:
+        if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:
+            raise TypeError(
+                f"req_to_token is {req_to_token.dtype} with strides {req_to_token.stride()}; "
+                "contiguous rows of int32 are known"
+            )
+        self._pool = req_to_token
+        self._pool_address, self._pool_stride = req_to_token.data_ptr(), req_to_token.stride(0)
+
+    def _place_for(self, count: int) -> DeviceLocations:
+        first, memory = self._locations_used, self._locations
+        if first + count > len(memory):
+            with torch.cuda.stream(self._gather_stream):
+                memory = torch.empty(count, dtype=torch.int32, device=self.device)
+            return DeviceLocations(memory.data_ptr(), memory)
+        self._locations_used = first + count
+        return DeviceLocations(memory.data_ptr() + _INT32 * first, memory)
 
     # -- scheduler thread --------------------------------------------------------------------
 
     def submit(self, jobs: list[Job]) -> None:
-        planned = plan_runs(jobs, self._row_bytes, self._lane_bytes, self._lane_rows)
-        for run in planned:
+        for run in plan_runs(jobs, self._row_bytes, self._lane_bytes, self._lane_rows):
+            work = _Run(self, run, pageable=not self.page_lock.ready)
             try:
-                work = self._launch(run)
+                self._launch(work)
             except Exception as error:
                 # Told to the sealer: one thread fails records and counts them.
                 logger.exception("shmroute: the rows of finished requests could not be gathered")
-                work = _Run(self, run, None, None)
                 work.fail(error)
             self._hand_over(work)
         self._counters.set("host_buffers_added", self._buffers.added)
         self._counters.set("page_locked_bytes", self._heap.nbytes if self.page_lock.ready else 0)
 
-    def _launch(self, run: Run) -> _Run:
-        pageable = not self.page_lock.ready
+    def _launch(self, work: _Run) -> None:
+        run = work.run
         buffer = self._buffers.take()
-        with torch.cuda.stream(self._gather):
-            lane = self._new_lane(run.nbytes, run.rows) if pageable else self._take_lane()
-            if lane.copied is not None:
-                self._gather.wait_event(lane.copied)
+        # Triton launches on the current stream.
+        with torch.cuda.stream(self._gather_stream):
+            lane = self._new_lane(run.nbytes, run.rows) if work.pageable else self._take_lane()
+            if lane.used:
+                lane.copied.hold_back(self._gather)
             self._gather_run(run, lane, buffer)
-            gathered = torch.cuda.Event()
-            gathered.record()
-        self._gathered = gathered
-        work = _Run(self, run, lane, buffer)
-        with torch.cuda.stream(self._copy):
-            self._copy.wait_event(gathered)
-            if not pageable:
-                self.copy_rows(run, lane)
-            buffer.tags[: run.rows].copy_(lane.tags[: run.rows], non_blocking=True)
-            # Blocking: the sealer sleeps instead of spinning on the interpreter's core.
-            work.copied = torch.cuda.Event(blocking=True)
-            work.copied.record()
-        lane.copied = work.copied
-        work.pageable = pageable
-        self._counters.add("pageable_copies", pageable)
-        return work
+        self._gathered.record(self._gather)
+        self._gathered.hold_back(self._copy)
+        self._unfenced = True
+        if work.pageable:
+            self._counters.add("pageable_copies")
+        else:
+            self.copy_rows(run, lane)
+        copy(buffer.tags_address, lane.tags.data_ptr(), _INT64 * run.rows, self._copy)
+        buffer.copied.record(self._copy)
+        lane.copied.record(self._copy)
+        lane.used = True
+        work.lane, work.buffer = lane, buffer
 
     def _take_lane(self) -> Lane:
         lane = self._lanes[self._next_lane]
@@ -176,46 +238,46 @@ class DeviceGatherer:
         return lane
 
     def _gather_run(self, run: Run, lane: Lane, buffer: HostBuffer) -> None:
-        table, word = self._table, self._table.word_bytes
-        count = len(run.pieces)
-        buffer.piece_array[:count] = [
+        word, count = self._table.word_bytes, len(run.pieces)
+        buffer.pieces[:count] = [
             (
-                piece.job.request.locations.data_ptr() + 4 * piece.first,
+                piece.job.request.locations.address + _INT32 * piece.first,
                 piece.rows,
                 piece.place // word,
                 piece.tag,
             )
             for piece in run.pieces
         ]
-        pieces = lane.pieces[:count]
-        pieces.copy_(buffer.pieces[:count], non_blocking=True)
+        nbytes = _INT64 * PIECE_FIELDS * count
+        copy(lane.pieces.data_ptr(), buffer.pieces_address, nbytes, self._gather)
         longest = max(piece.rows for piece in run.pieces)
-        gather(pieces, longest, table.words, table.tags, lane.words, lane.tags)
+        self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags)
 
     def copy_rows(self, run: Run, lane: Lane) -> None:
-        """Copy a gathered run into the arena, on the calling thread's stream."""
-        target = self._heap[run.offset : run.offset + run.nbytes]
-        target.copy_(lane.rows[: run.nbytes], non_blocking=True)
+        """Copy a gathered run into the page-locked arena."""
+        target = self._heap.data_ptr() + run.offset
+        copy(target, lane.words.data_ptr(), run.nbytes, self._copy)
 
     def gather_now(self, request: Finished) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        table = self._table
+        table, taken = self._table, request.locations
         rows = np.empty((request.tokens, *table.routes.row_shape), dtype=table.routes.dtype)
-        with torch.cuda.stream(self._gather):
-            tags = table.gather(request.locations, table.as_storage(rows))
-            return rows, tags.cpu().numpy()
+        first = (taken.address - taken.memory.data_ptr()) // _INT32
+        with torch.cuda.stream(self._gather_stream):
+            where = taken.memory[first : first + request.tokens]
+            return rows, table.gather(where, table.as_storage(rows)).cpu().numpy()
 
     def fence(self) -> None:
-        gathered, self._gathered = self._gathered, None
-        if gathered is not None:
-            torch.cuda.current_stream().wait_event(gathered)
+        if self._unfenced:
+            self._unfenced = False
+            self._gathered.hold_back(torch.cuda.current_stream().cuda_stream)
 
     # -- sealer thread -----------------------------------------------------------------------
 
     def copy_pageable(self, run: Run, lane: Lane) -> None:
         """Copy a run whose target is not page-locked: this waits for the whole of it."""
-        with torch.cuda.stream(self._copy):
-            self.copy_rows(run, lane)
-            self._copy.synchronize()
+        with torch.cuda.stream(self._copy_stream):
+            target = self._heap[run.offset : run.offset + run.nbytes]
+            target.copy_(lane.words.view(torch.uint8)[: run.nbytes])
 
     def give(self, buffer: HostBuffer) -> None:
         self._buffers.give(buffer)
@@ -224,8 +286,8 @@ class DeviceGatherer:
 
     def give_back(self) -> None:
         """Free the staging and the table's device memory; the engine is idle and may wait."""
-        self._gather.synchronize()
-        self._copy.synchronize()
+        self._gather_stream.synchronize()
+        self._copy_stream.synchronize()
         self._lanes = []
         self._table.give_back()
         torch.cuda.empty_cache()
@@ -237,42 +299,46 @@ class DeviceGatherer:
 
     def stop(self) -> None:
         self._hand_over(None)
-        self._gather.synchronize()
-        self._copy.synchronize()
+        self._gather_stream.synchronize()
+        self._copy_stream.synchronize()
         self.page_lock.close()
 
 
 class _Run:
-    """A run on its way: ``finished.Gathered``."""
+    """A run on its way: ``finished.Gathered``.
 
-    def __init__(
-        self, owner: DeviceGatherer, run: Run, lane: Lane | None, buffer: HostBuffer | None
-    ) -> None:
+    ``lane`` and ``buffer`` are there once everything is launched.
+    """
+
+    def __init__(self, owner: DeviceGatherer, run: Run, *, pageable: bool) -> None:
+        self.run = run
+        self.pageable = pageable
         self.jobs = [piece.job for piece in run.pieces if piece.last]
-        self.copied: torch.cuda.Event | None = None
-        self.pageable = False
-        self._owner, self._run, self._lane, self._buffer = owner, run, lane, buffer
+        self.lane: Lane | None = None
+        self.buffer: HostBuffer | None = None
+        self._owner = owner
 
     def wait(self) -> None:
-        if self.copied is None or self._buffer is None:
+        if self.lane is None or self.buffer is None:
             return  # it failed, and its jobs say why
         try:
-            self.copied.synchronize()
-            if self.pageable and self._lane is not None:
-                self._owner.copy_pageable(self._run, self._lane)
-            self._lane = None
-            self._read_tags(self._buffer)
+            torch.cuda.set_device(self._owner.device)  # the sealer's own context
+            self.buffer.copied.synchronize()
+            if self.pageable:
+                self._owner.copy_pageable(self.run, self.lane)
+            self.lane = None
+            self._read_tags(self.buffer)
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Every record with a piece here has lost rows, also one that ends in a later run."""
-        for piece in self._run.pieces:
+        for piece in self.run.pieces:
             piece.job.error = piece.job.error or error
 
     def _read_tags(self, buffer: HostBuffer) -> None:
-        for piece in self._run.pieces:
-            tags = buffer.tag_array[piece.tag : piece.tag + piece.rows]
+        for piece in self.run.pieces:
+            tags = buffer.tags[piece.tag : piece.tag + piece.rows]
             job = piece.job
             if piece.first == 0 and piece.last:
                 job.tags = tags
@@ -282,6 +348,6 @@ class _Run:
             job.tags[piece.first : piece.first + piece.rows] = tags
 
     def done(self) -> None:
-        buffer, self._buffer = self._buffer, None
+        buffer, self.buffer = self.buffer, None
         if buffer is not None:
             self._owner.give(buffer)

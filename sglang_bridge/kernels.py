@@ -16,12 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .staging import PIECE_FIELDS
 from .tags import EPOCH_MASK, EPOCH_SHIFT, FOREIGN_TOKEN, INVALID, POSITION_SHIFT
 
 # Rows that one program of the gather copies.
 GATHER_ROWS = 32
-# What the gather is told of each piece: address of its KV locations, rows, where they go.
-DESCRIPTOR_FIELDS = 4
 
 _INPUTS = ("captured", "locations", "tokens", "positions")
 
@@ -116,96 +115,118 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         tl.store(staged_tags + tl.load(piece + 3) + row, tag, mask=wanted)
 
 
-def scatter(
-    captured: torch.Tensor,
-    locations: torch.Tensor,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    layers: torch.Tensor,
-    rows: torch.Tensor,
-    tags: torch.Tensor,
-    *,
-    epoch: int,
-    vocabulary: int,
-    num_experts: int,
-    top_k: int,
-) -> None:
-    """Store a forward's routes into the table and refill the capture buffer with -1.
+class Launcher:
+    """Launches a kernel past Triton's dispatch, which costs more than the launch itself.
+
+    The dispatch looks at every argument to choose what to compile for. Here that can only
+    change with ``key``: the first call with a key goes through it and keeps what it chose.
+    """
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...]) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._chosen: dict[Any, Any] = {}
+
+    def __call__(self, key: Any, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launch on the current stream with positional arguments, the constants behind them."""
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            self._chosen[key] = self._kernel[grid](*arguments, *self._constants, num_warps=4)
+        else:
+            chosen[grid](*arguments, *self._constants)
+
+
+class Scatter:
+    """The scatter for one table.
 
     Parameters
     ----------
-    captured
-        ``int32 [n, all layers, columns]``, a view into the capture buffer; the first
-        ``top_k`` columns are routes.
-    locations, tokens, positions
-        ``[n]`` integers, contiguous.
-    layers
-        ``int64 [moe_layers]``: which layers of ``captured`` are stored.
     rows, tags
         The table; ``rows`` may be page-locked host memory.
+    layers
+        ``int64 [moe_layers]``: which layers of the capture buffer are stored.
+    strides
+        Of the capture buffer, in elements: from token to token and from layer to layer.
     """
-    count = len(tokens)
-    if not count:
-        return
-    _scatter_kernel[(count,)](
-        captured,
-        locations,
-        tokens,
-        positions,
-        layers,
-        rows,
-        tags,
-        epoch & EPOCH_MASK,  # as an i32, whatever its value: another type would compile anew
-        vocabulary,
-        TOKEN_STRIDE=captured.stride(0),
-        LAYER_STRIDE=captured.stride(1),
-        LOCATIONS=len(tags),
-        LAYERS=len(layers),
-        TOP_K=top_k,
-        EXPERTS=num_experts,
-        LAYERS_PADDED=triton.next_power_of_2(len(layers)),
-        TOP_K_PADDED=triton.next_power_of_2(top_k),
-        INVALID_TAG=INVALID,
-        FOREIGN=FOREIGN_TOKEN,
-        POSITION=POSITION_SHIFT,
-        EPOCH=EPOCH_SHIFT,
-        num_warps=4,
-    )
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        tags: torch.Tensor,
+        layers: torch.Tensor,
+        *,
+        strides: tuple[int, int],
+        num_experts: int,
+        top_k: int,
+        vocabulary: int,
+    ) -> None:
+        self._fixed = layers, rows, tags
+        self._vocabulary = vocabulary
+        count = len(layers)
+        padded = triton.next_power_of_2(count), triton.next_power_of_2(top_k)
+        constants = (*strides, len(tags), count, top_k, num_experts, *padded)
+        bits = INVALID, FOREIGN_TOKEN, POSITION_SHIFT, EPOCH_SHIFT
+        self._launch = Launcher(_scatter_kernel, (*constants, *bits))
+
+    def __call__(
+        self,
+        captured: torch.Tensor,
+        locations: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        epoch: int,
+    ) -> None:
+        """Store a forward's routes and put -1 where they were, on the current stream.
+
+        Parameters
+        ----------
+        captured
+            ``int32 [at least n, all layers, columns]``; the first ``top_k`` are routes.
+        tokens
+            ``[n]`` integers; ``locations`` and ``positions`` may be longer.
+        """
+        count = len(tokens)
+        if count:
+            key = locations.dtype, tokens.dtype, positions.dtype
+            # The epoch stays an i32 whatever its value: another type would compile anew.
+            number = epoch & EPOCH_MASK
+            given = captured, locations, tokens, positions, *self._fixed
+            self._launch(key, (count, 1, 1), *given, number, self._vocabulary)
 
 
-def gather(
-    pieces: torch.Tensor,
-    longest: int,
-    rows: torch.Tensor,
-    tags: torch.Tensor,
-    staging: torch.Tensor,
-    staged_tags: torch.Tensor,
-) -> None:
-    """Copy rows and tags of several pieces, each with its own KV locations, into staging.
+class Gather:
+    """The gather out of one table.
 
     Parameters
     ----------
-    pieces
-        ``int64 [n, 4]`` on the device: address of ``int32`` KV locations, number of rows,
-        first row's place in ``staging`` in words, first tag's place in ``staged_tags``.
-    longest
-        Most rows of any piece.
-    rows, staging
-        Table rows ``[locations, words]`` and ``[any]``, in words of the same dtype.
+    rows
+        ``[locations, words]`` of the table, in words.
     """
-    words = rows.shape[1]
-    grid: Any = (triton.cdiv(longest, GATHER_ROWS), len(pieces))
-    _gather_kernel[grid](
-        pieces,
-        rows,
-        tags,
-        staging,
-        staged_tags,
-        LOCATIONS=len(tags),
-        WORDS=words,
-        WORDS_PADDED=triton.next_power_of_2(words),
-        ROWS=GATHER_ROWS,
-        FIELDS=DESCRIPTOR_FIELDS,
-        INVALID_TAG=INVALID,
-        num_warps=4,
-    )
+
+    def __init__(self, rows: torch.Tensor, tags: torch.Tensor) -> None:
+        self._table = rows, tags
+        words = rows.shape[1]
+        shape = len(tags), words, triton.next_power_of_2(words), GATHER_ROWS
+        self._launch = Launcher(_gather_kernel, (*shape, PIECE_FIELDS, INVALID))
+
+    def __call__(
+        self,
+        pieces: torch.Tensor,
+        count: int,
+        longest: int,
+        staging: torch.Tensor,
+        staged_tags: torch.Tensor,
+    ) -> None:
+        """Copy rows and tags of several pieces, each with its own locations, into staging.
+
+        Parameters
+        ----------
+        pieces
+            ``int64 [at least count, 4]`` on the device: address of ``int32`` KV locations,
+            number of rows, first row's place in ``staging`` in words, first tag's place in
+            ``staged_tags``.
+        longest
+            Most rows of any piece.
+        """
+        grid = triton.cdiv(longest, GATHER_ROWS), count, 1
+        self._launch(None, grid, pieces, *self._table, staging, staged_tags)

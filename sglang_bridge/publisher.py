@@ -37,6 +37,7 @@ from shmroute.reservation import Reservation
 from shmroute.ticket import RID_BYTES_MAX, failed_ticket
 
 from .epochs import WeightEpochs
+from .errors import DeviceError
 from .finished import Finished, Gathered, Gatherer, Job
 from .judge import Verdict, judge
 from .shadow import Shadow
@@ -261,5 +262,4 @@ class Publisher:
 
 def _is_device_error(error: Exception) -> bool:
     """After one of these no later copy can be trusted to work: requests go inline."""
-    accelerator_error: Any = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator_error)
+    return isinstance(error, (DeviceError, torch.AcceleratorError))

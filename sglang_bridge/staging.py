@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+from .cuda_driver import Event
 from .finished import Job
 
 STAGING_BYTES = 64 << 20
 LANES = 4
 PIECES_MAX = 256
+PIECE_FIELDS = 4
 _HOST_BUFFERS_KEPT = 8
 
 
@@ -89,20 +91,27 @@ class Lane:
 
     def __init__(self, nbytes: int, rows: int, word: torch.dtype, device: torch.device) -> None:
         self.words = torch.empty(nbytes // word.itemsize, dtype=word, device=device)
-        self.rows = self.words.view(torch.uint8)
         self.tags = torch.empty(rows, dtype=torch.int64, device=device)
-        self.pieces = torch.empty((PIECES_MAX, 4), dtype=torch.int64, device=device)
-        self.copied: torch.cuda.Event | None = None
+        self.pieces = torch.empty((PIECES_MAX, PIECE_FIELDS), dtype=torch.int64, device=device)
+        self.used = False
+        self.copied = Event()
 
 
 class HostBuffer:
-    """Page-locked memory for one run: its pieces on the way there, its tags on the way back."""
+    """Page-locked memory for one run: its pieces on the way there, its tags on the way back.
+
+    ``copied`` is recorded when the run's rows and tags are there.
+    """
 
     def __init__(self, rows: int) -> None:
-        self.pieces = torch.empty((PIECES_MAX, 4), dtype=torch.int64, pin_memory=True)
-        self.tags = torch.empty(rows, dtype=torch.int64, pin_memory=True)
-        self.piece_array = self.pieces.numpy()
-        self.tag_array = self.tags.numpy()
+        # Kept by their addresses, too, which the copies go by.
+        self._memory = torch.empty(PIECES_MAX * PIECE_FIELDS + rows, dtype=torch.int64).pin_memory()
+        whole = self._memory.numpy()
+        self.pieces = whole[: PIECES_MAX * PIECE_FIELDS].reshape(PIECES_MAX, PIECE_FIELDS)
+        self.tags = whole[PIECES_MAX * PIECE_FIELDS :]
+        self.pieces_address = self._memory.data_ptr()
+        self.tags_address = self.pieces_address + self.pieces.nbytes
+        self.copied = Event(blocking=True)
 
 
 class HostBuffers:

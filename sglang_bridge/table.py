@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from shmroute.pinned import pinned_tensor
 
 from .errors import StartRefused
 from .tags import INVALID, make_tags
+
+if TYPE_CHECKING:
+    from .kernels import Scatter
 
 logger = logging.getLogger("shmroute")
 
@@ -74,6 +78,7 @@ class RouteTable:
         self._layers = torch.tensor(routes.layer_ids, dtype=torch.int64, device=device)
         self._every_layer = len(routes.layer_ids) == routes.num_layers
         self._vocabulary = vocabulary
+        self._fused: dict[tuple[int, int], Scatter] = {}
         self.fence: Callable[[], None] = lambda: None
 
     def _new_rows(self) -> torch.Tensor:
@@ -154,20 +159,23 @@ class RouteTable:
         positions: torch.Tensor,
         epoch: int,
     ) -> None:
-        from .kernels import scatter
+        strides = captured.stride(0), captured.stride(1)
+        fused = self._fused.get(strides)
+        if fused is None:
+            fused = self._fused[strides] = self._make_fused(strides)
+        fused(captured, locations, tokens, positions, epoch)
 
-        scatter(
-            captured,
-            locations,
-            tokens,
-            positions,
-            self._layers,
+    def _make_fused(self, strides: tuple[int, int]) -> Scatter:
+        from .kernels import Scatter  # needs Triton, which not every CPU build has
+
+        return Scatter(
             self.rows,
             self.tags,
-            epoch=epoch,
-            vocabulary=self._vocabulary,
+            self._layers,
+            strides=strides,
             num_experts=self.routes.num_experts,
             top_k=self.routes.top_k,
+            vocabulary=self._vocabulary,
         )
 
     def forget(self) -> None:

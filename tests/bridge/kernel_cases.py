@@ -16,6 +16,19 @@ from sglang_bridge.table import RouteTable
 from shmroute import RouteLayout
 
 
+def fused_form(table: RouteTable, captured: torch.Tensor) -> kernels.Scatter:
+    """The kernel for a table on the CPU, which by itself takes the torch form."""
+    return kernels.Scatter(
+        table.rows,
+        table.tags,
+        torch.tensor(table.routes.layer_ids),
+        strides=captured.stride()[:2],
+        num_experts=table.routes.num_experts,
+        top_k=table.routes.top_k,
+        vocabulary=VOCABULARY,
+    )
+
+
 def test_the_scatter_kernel_is_the_torch_form() -> None:
     for experts, top_k, fused in ((8, 2, 0), (256, 8, 1), (257, 3, 0), (512, 10, 2)):
         routes = RouteLayout(experts, top_k, [1, 2, 4], num_layers=6)
@@ -34,19 +47,8 @@ def test_the_scatter_kernel_is_the_torch_form() -> None:
         ids[7], ids[8] = VOCABULARY + 5, -3  # images
         locations = torch.from_numpy(forwards.locations(tokens))
         positions = torch.arange(7, 7 + tokens)
-        kernels.scatter(
-            view,
-            locations.to(torch.int32) if fused else locations,
-            torch.from_numpy(ids),
-            positions,
-            torch.tensor(routes.layer_ids),
-            ours.rows,
-            ours.tags,
-            epoch=5,
-            vocabulary=VOCABULARY,
-            num_experts=experts,
-            top_k=top_k,
-        )
+        where = locations.to(torch.int32) if fused else locations
+        fused_form(ours, view)(view, where, torch.from_numpy(ids), positions, 5)
         reference.scatter_with_torch(
             before[4:, :, :top_k], locations, torch.from_numpy(ids), positions, 5
         )
@@ -67,25 +69,14 @@ def test_a_location_outside_the_table_is_neither_written_nor_read() -> None:
     table = RouteTable(routes, 10, "cpu", vocabulary=VOCABULARY)
     forwards = Forwards(table)
     captured = torch.from_numpy(forwards.routes(4))
-    kernels.scatter(
-        captured,
-        torch.tensor([3, 10, -1, 1 << 40]),
-        torch.arange(4),
-        torch.arange(4),
-        torch.arange(3),
-        table.rows,
-        table.tags,
-        epoch=0,
-        vocabulary=VOCABULARY,
-        num_experts=8,
-        top_k=2,
-    )
+    beyond = torch.tensor([3, 10, -1, 1 << 40])
+    fused_form(table, captured)(captured, beyond, torch.arange(4), torch.arange(4), 0)
     assert (table.tags >= 0).nonzero().flatten().tolist() == [3]
     wanted = torch.tensor([3, 10, -1], dtype=torch.int32)
     pieces = torch.tensor([[wanted.data_ptr(), 3, 0, 0]])
     staging = torch.zeros(9, dtype=table.words.dtype)
     tags = torch.zeros(3, dtype=torch.int64)
-    kernels.gather(pieces, 3, table.words, table.tags, staging, tags)
+    kernels.Gather(table.words, table.tags)(pieces, 1, 3, staging, tags)
     assert tags.tolist() == [int(table.tags[3]), -1, -1]
 
 
@@ -107,7 +98,7 @@ def test_the_gather_kernel_takes_several_pieces_to_their_places(top_k: int) -> N
             for where, n, place, first in zip(locations, lengths, places, firsts, strict=True)
         ]
     )
-    kernels.gather(pieces, max(lengths), table.words, table.tags, staging, tags)
+    kernels.Gather(table.words, table.tags)(pieces, 3, max(lengths), staging, tags)
     for where, n, place, first in zip(locations, lengths, places, firsts, strict=True):
         got = staging[place : place + n * words].view(n, words)
         assert (got == table.words[where.long()]).all()

@@ -15,9 +15,10 @@ import torch
 from forwards import VOCABULARY, Forwards
 
 import shmroute
+from sglang_bridge.cuda_driver import Event
 from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.finished import Finished
-from sglang_bridge.gather_device import DeviceGatherer
+from sglang_bridge.gather_device import DeviceGatherer, DeviceLocations
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from sglang_bridge.tags import INVALID
@@ -206,7 +207,7 @@ def test_a_full_arena_sends_the_rows_inline(make_bridge: Make) -> None:
 def test_a_record_is_not_sealed_before_its_copy_is_there(make_bridge: Make) -> None:
     bridge = make_bridge()
     ticket, rows = bridge.serve("held", 500)
-    with torch.cuda.stream(bridge.gatherer._copy):
+    with torch.cuda.stream(bridge.gatherer._copy_stream):
         torch.cuda._sleep(2_000_000_000)  # a second or so
     bridge.flush()
     with pytest.raises(RouteTimeout):
@@ -236,7 +237,7 @@ def reused_at_once(bridge: Bridge, steps: int = 40) -> int:
         ticket = bridge.publisher.collect(
             Finished(f"{step}", 0, 2000, 1, taken, token_ids=lambda: ids)
         )
-        with torch.cuda.stream(bridge.gatherer._gather):
+        with torch.cuda.stream(bridge.gatherer._gather_stream):
             torch.cuda._sleep(3_000_000)  # the gather comes late
         bridge.flush()
         bridge.table.scatter(device[(step + 1) % 4].clone(), where, words, positions, 0)
@@ -262,12 +263,17 @@ def snapshot_late(bridge: Bridge) -> torch.Tensor:
     """A snapshot behind a busy gather stream, and the pool's row rewritten right after it."""
     bridge.req_to_token[3, :100] = torch.arange(100, device=DEVICE, dtype=torch.int32)
     torch.cuda.synchronize()
-    with torch.cuda.stream(bridge.gatherer._gather):
+    with torch.cuda.stream(bridge.gatherer._gather_stream):
         torch.cuda._sleep(50_000_000)
     taken = bridge.gatherer.snapshot(bridge.req_to_token, 3, 0, 100)
     bridge.req_to_token[3].fill_(9)
     torch.cuda.synchronize()
-    return taken.cpu()
+    return read(taken, 100)
+
+
+def read(taken: DeviceLocations, count: int) -> torch.Tensor:
+    first = (taken.address - taken.memory.data_ptr()) // 4
+    return taken.memory[first : first + count].cpu()
 
 
 def test_a_row_of_the_pool_is_not_rewritten_before_its_snapshot(make_bridge: Make) -> None:
@@ -278,7 +284,7 @@ def test_without_the_wait_of_the_schedule_stream_it_is(
     make_bridge: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bridge = make_bridge()
-    monkeypatch.setattr(torch.cuda.Stream, "wait_event", lambda *_: None)
+    monkeypatch.setattr(Event, "hold_back", lambda *_: None)
     assert torch.equal(snapshot_late(bridge), torch.full((100,), 9, dtype=torch.int32))
 
 
@@ -298,10 +304,10 @@ def test_a_snapshot_does_not_wait_for_the_forward_that_was_launched_meanwhile(
     with torch.cuda.stream(schedule):
         started = time.perf_counter()
         taken = bridge.gatherer.snapshot(bridge.req_to_token, 5, 0, 50)
-        bridge.gatherer._gather.synchronize()
+        bridge.gatherer._gather_stream.synchronize()
         waited = time.perf_counter() - started
         assert not forward.query()  # it still runs
-    assert torch.equal(taken.cpu(), torch.arange(50, dtype=torch.int32))
+    assert torch.equal(read(taken, 50), torch.arange(50, dtype=torch.int32))
     assert waited < 0.2
 
 
