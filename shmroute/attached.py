@@ -47,11 +47,18 @@ class AttachedArena:
         """Whether CUDA may read the heap by itself now; the first call has it page-locked.
 
         That takes its time (the more, the larger the arena) and happens in the background.
-        Needs torch.
+        Refused in the process of a writer that has locked its own mapping of the arena: CUDA
+        may take one lock of the same memory per process, and this mapping is another. Needs
+        torch.
         """
         if self._page_lock is None:
             self._begin_page_lock(device)
         return self._page_lock is not None and self._page_lock.ready
+
+    @property
+    def page_lock_refused(self) -> str | None:
+        """Why the heap could not be page-locked; None while it is, may be, or was not asked for."""
+        return None if self._page_lock is None else self._page_lock.refused
 
     def _begin_page_lock(self, device: int) -> None:
         from .pinned import PageLock

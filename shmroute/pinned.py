@@ -46,6 +46,7 @@ from .cuda_runtime import clear_error, relaxed_capture
 logger = logging.getLogger("shmroute")
 
 _PORTABLE, _MAPPED, _READ_ONLY = 0x1, 0x2, 0x8  # cudaHostRegister...
+_ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 _SECONDS_AT_EXIT = 10.0
 
 
@@ -61,7 +62,8 @@ class PageLock:
     """One range of memory, page-locked for every CUDA device in one registration.
 
     In one, since a copy that spans two registrations fails. Any thread may call any method.
-    Whoever owns the mapping calls ``close`` before it is unmapped.
+    Whoever owns the mapping calls ``close`` before it is unmapped. A process registers the same
+    memory once, through whichever of its mappings; other processes do so for themselves.
 
     Parameters
     ----------
@@ -198,6 +200,8 @@ class PageLock:
                     return None
                 clear_error()
                 said.append(f"cudaHostRegister with flags {flags:#x}: {_name(code)}")
+                if int(code) == _ALREADY_REGISTERED:
+                    return f"already page-locked by this process: {said[-1]}"
         return "; ".join(said)
 
     def _flags(self) -> tuple[int, ...]:
@@ -218,11 +222,18 @@ class PageLock:
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         allowed = "no limit" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
         driver = ", or a driver that registers read-only mappings" if self._read_only else ""
+        remedy = (
+            f"Limit of locked memory: {allowed}. Remedy: raise it (ulimit -l unlimited, docker run "
+            f"--ulimit memlock=-1){driver}"
+        )
+        if self._refused is not None and self._refused.startswith("already"):
+            remedy = (
+                "Whoever locked it, perhaps through another mapping of the same memory, keeps "
+                "the lock. Remedy: read in another process than the engine's"
+            )
         return (
             f"{self._what}: its {self._size} bytes could not be page-locked "
-            f"({self._refused}); copies to and from a GPU go at pageable speed. Limit of locked "
-            f"memory: {allowed}. Remedy: raise it (ulimit -l unlimited, docker run --ulimit "
-            f"memlock=-1){driver}"
+            f"({self._refused}); copies to and from a GPU go at pageable speed. {remedy}"
         )
 
 

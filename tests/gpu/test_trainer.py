@@ -35,7 +35,12 @@ def layout(request):
 
 @pytest.fixture(params=["page-locked", "refused"])
 def way(request, eventually):
-    """How rows get to the GPU: let the arena be locked, or have it refused for real."""
+    """How rows get to the GPU: let the arena be locked, or have it refused for real.
+
+    Writer and reader are one process here, which locks only the reader's mapping: CUDA may refuse
+    a second lock of the same memory (712), and would if the writer had locked its own, as an
+    engine does. ``test_pinned`` has that writer, with the reader in a process of its own.
+    """
     others = []
 
     def prepare(arena):
