@@ -118,6 +118,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         publisher.counters.set("table_bytes", self.table.nbytes)
         publisher.counters.set("table_device_bytes", self.table.device_bytes)
         publisher.start()
+        self.table.compile(self.device_cache.buffer[:1, :, : self.topk_size])
         self.publisher = publisher
         logger.warning(
             "shmroute: arena %s (%s): %.2f GiB, %d slots; route table of %d KV tokens: "

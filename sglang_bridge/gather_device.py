@@ -129,14 +129,22 @@ class DeviceGatherer:
     def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
         self._hand_over = hand_over
         self._make_lanes()
+        self._compile()
         self.page_lock.start()
 
+    def _compile(self) -> None:
+        """Gather a piece of no rows: the first launch compiles, which no request shall wait for."""
+        lane = self._lanes[0]
+        with torch.cuda.stream(self._gather_stream):
+            lane.pieces.zero_()
+        self._gather_rows(lane.pieces, 1, 1, lane.words, lane.tags, self._gather_stream)
+
     def _make_lanes(self) -> None:
-        with torch.cuda.stream(self._gather_stream):  # whose later allocations may reuse them
-            self._lanes = [self._new_lane(self._lane_bytes, self._lane_rows) for _ in range(LANES)]
+        self._lanes = [self._new_lane(self._lane_bytes, self._lane_rows) for _ in range(LANES)]
 
     def _new_lane(self, nbytes: int, rows: int) -> Lane:
-        return Lane(nbytes, rows, self._table.words.dtype, self.device)
+        with torch.cuda.stream(self._gather_stream):  # whose later allocations may reuse it
+            return Lane(nbytes, rows, self._table.words.dtype, self.device)
 
     # -- the order of the schedule stream ----------------------------------------------------
 
@@ -213,12 +221,10 @@ class DeviceGatherer:
     def _launch(self, work: _Run) -> None:
         run = work.run
         buffer = self._buffers.take()
-        # Triton launches on the current stream.
-        with torch.cuda.stream(self._gather_stream):
-            lane = self._new_lane(run.nbytes, run.rows) if work.pageable else self._take_lane()
-            if lane.used:
-                lane.copied.hold_back(self._gather)
-            self._gather_run(run, lane, buffer)
+        lane = self._new_lane(run.nbytes, run.rows) if work.pageable else self._take_lane()
+        if lane.used:
+            lane.copied.hold_back(self._gather)
+        self._gather_run(run, lane, buffer)
         self._gathered.record(self._gather)
         self._gathered.hold_back(self._copy)
         self._unfenced = True
@@ -251,7 +257,7 @@ class DeviceGatherer:
         nbytes = _INT64 * PIECE_FIELDS * count
         copy(lane.pieces.data_ptr(), buffer.pieces_address, nbytes, self._gather)
         longest = max(piece.rows for piece in run.pieces)
-        self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags)
+        self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags, self._gather_stream)
 
     def copy_rows(self, run: Run, lane: Lane) -> None:
         """Copy a gathered run into the page-locked arena."""

@@ -127,13 +127,21 @@ class Launcher:
         self._constants = constants
         self._chosen: dict[Any, Any] = {}
 
-    def __call__(self, key: Any, grid: tuple[int, int, int], *arguments: Any) -> None:
-        """Launch on the current stream with positional arguments, the constants behind them."""
+    def __call__(
+        self,
+        key: Any,
+        grid: tuple[int, int, int],
+        stream: torch.cuda.Stream | None,
+        *arguments: Any,
+    ) -> None:
+        """Launch with positional arguments, the constants behind them; None: current stream."""
         chosen = self._chosen.get(key)
-        if chosen is None:
+        if chosen is not None:
+            handle = None if stream is None else stream.cuda_stream
+            chosen[grid](*arguments, *self._constants, stream=handle)
+            return
+        with torch.cuda.stream(stream):
             self._chosen[key] = self._kernel[grid](*arguments, *self._constants, num_warps=4)
-        else:
-            chosen[grid](*arguments, *self._constants)
 
 
 class Scatter:
@@ -191,7 +199,7 @@ class Scatter:
             # The epoch stays an i32 whatever its value: another type would compile anew.
             number = epoch & EPOCH_MASK
             given = captured, locations, tokens, positions, *self._fixed
-            self._launch(key, (count, 1, 1), *given, number, self._vocabulary)
+            self._launch(key, (count, 1, 1), None, *given, number, self._vocabulary)
 
 
 class Gather:
@@ -216,6 +224,7 @@ class Gather:
         longest: int,
         staging: torch.Tensor,
         staged_tags: torch.Tensor,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         """Copy rows and tags of several pieces, each with its own locations, into staging.
 
@@ -227,6 +236,8 @@ class Gather:
             ``staged_tags``.
         longest
             Most rows of any piece.
+        stream
+            None: the current one.
         """
         grid = triton.cdiv(longest, GATHER_ROWS), count, 1
-        self._launch(None, grid, pieces, *self._table, staging, staged_tags)
+        self._launch(None, grid, stream, pieces, *self._table, staging, staged_tags)

@@ -178,6 +178,15 @@ class RouteTable:
             vocabulary=self._vocabulary,
         )
 
+    def compile(self, captured: torch.Tensor) -> None:
+        """Scatter one row to no location, so that no forward waits for the kernel's compiler.
+
+        ``captured`` is a row of the capture buffer.
+        """
+        if self.device.type == "cuda":
+            nowhere = torch.full((1,), -1, dtype=torch.int64, device=self.device)
+            self.scatter(captured, nowhere, torch.zeros_like(nowhere), torch.zeros_like(nowhere), 0)
+
     def forget(self) -> None:
         """Declare every row invalid: something wrote KV without a scatter."""
         self.fence()
