@@ -8,26 +8,31 @@ memory, measured in the same run. Host times are of the calling thread, p50 and 
 rounds; GPU times are between events.
 
 The scatter is measured three ways: the fused kernel, the eager torch form, and that form in a
-captured CUDA graph, whose static inputs have to be filled first.
+captured CUDA graph, whose static inputs have to be filled first. The trainer's part runs in a
+process of its own, see `gpu_trainer`.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import functools
+import json
 import os
 import secrets
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import result_file
 import torch
+from gpu_timing import Rows, figure, gbs, gpu_us, host_us, percentiles
 from result_file import Row
 
 import shmroute
@@ -37,14 +42,13 @@ from sglang_bridge.gather_device import DeviceGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from shmroute import RouteLayout, ShmRouteReader
-from shmroute.pinned import PageLock, pinned_tensor
+from shmroute.pinned import PageLock
 
 ROUTES = RouteLayout(128, 8, range(48), model="Qwen/Qwen3-30B-A3B")
 DEVICE = torch.device("cuda:0")
 KV_TOKENS = 200_000
 VOCABULARY = 151_936
-
-Rows = list[Row]
+TRAINER = Path(__file__).with_name("gpu_trainer.py")
 
 
 class Rig:
@@ -117,52 +121,6 @@ def rig(capacity: str = "6GiB", slots: int = 4096) -> Iterator[Rig]:
         yield made
     finally:
         made.close()
-
-
-def host_us(function: Callable[[], Any], rounds: int) -> np.ndarray:
-    """Microseconds of the calling thread, the GPU idle before each."""
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        began = time.perf_counter_ns()
-        function()
-        times.append((time.perf_counter_ns() - began) / 1e3)
-    torch.cuda.synchronize()
-    return np.array(times)
-
-
-def gpu_us(function: Callable[[], Any], rounds: int) -> float:
-    """Median microseconds between two events around it, on the current stream."""
-    times = []
-    for _ in range(rounds):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(200_000)  # so that launches are queued before they run
-        first.record()
-        function()
-        last.record()
-        torch.cuda.synchronize()
-        times.append(first.elapsed_time(last) * 1e3)
-    return float(np.median(times))
-
-
-def gbs(nbytes: int, microseconds: float) -> float:
-    return round(nbytes / microseconds / 1e3, 2)
-
-
-def figure(value: Any) -> float:
-    return float(f"{value:.4g}")
-
-
-def percentiles(name: str, times: np.ndarray, p50: float | None, p99: float | None) -> Rows:
-    shown = []
-    for label, value, budget in (
-        ("p50", np.percentile(times, 50), p50),
-        ("p99", np.percentile(times, 99), p99),
-    ):
-        sense: Any = None if budget is None else "max"
-        shown.append(Row(f"{name}, {label}", figure(value), "us", budget, sense))
-    return shown
 
 
 # -- page-locking and copies -----------------------------------------------------------------------
@@ -329,7 +287,7 @@ def waits(made: Rig, rounds: int) -> Rows:
             torch.cuda.synchronize()
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             tickets = [made.collect(f"w{count}-{turn}-{i}", 8192, i) for i in range(count)]
-            first.record(made.gatherer._gather)
+            first.record(made.gatherer._gather_stream)
             made.publisher.flush()
             made.gatherer.fence()
             last.record()
@@ -364,7 +322,7 @@ def snapshots(made: Rig, rounds: int) -> Rows:
         with torch.cuda.stream(schedule):
             if way == "side stream":
                 made.gatherer.snapshot(made.pool, 0, 0, 8192)
-                made.gatherer._gather.synchronize()
+                made.gatherer._gather_stream.synchronize()
             else:
                 made.pool[0, :8192].clone()
                 schedule.synchronize()
@@ -379,59 +337,26 @@ def snapshots(made: Rig, rounds: int) -> Rows:
 
 
 def trainer(made: Rig, rounds: int) -> Rows:
-    """Rows onto the trainer's GPU: one record, and a packed batch of 64 x 8,192 tokens."""
-    tickets = []
-    for i in range(64):
-        tickets.append(made.collect(f"t{i}", 8192, i))
+    """Rows onto the GPU of a process that only reads, while this one keeps its own page-lock."""
+    batch = [made.collect(f"t{i}", 8192, i) for i in range(64)]
     long = made.collect("t-long", 32_768, 0)
     made.publisher.flush()
     made.settle()
-    shmroute.read_batch(tickets[:2], device=DEVICE)  # starts the reader's own page-locking
-    time.sleep(8)
-    nbytes = 64 * 8192 * ROUTES.row_bytes
-    pinned = pinned_tensor(nbytes)
-    target = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
-    repeats = max(5, rounds // 20)
-    ceiling = gbs(
-        nbytes, gpu_us(functools.partial(target.copy_, pinned, non_blocking=True), repeats)
+    asked = {
+        "batch": [base64.b64encode(ticket).decode() for ticket in batch],
+        "long": base64.b64encode(long).decode(),
+        "rounds": max(10, rounds // 10),
+    }
+    done = subprocess.run(
+        [sys.executable, str(TRAINER)],
+        input=json.dumps(asked),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=240,
+        check=True,
     )
-    del pinned, target
-
-    def whole(layers: slice | None) -> float:
-        times = []
-        for _ in range(repeats + 2):
-            torch.cuda.synchronize()
-            began = time.perf_counter_ns()
-            batch = shmroute.read_batch(tickets, layers=layers, device=DEVICE)
-            torch.cuda.synchronize()
-            times.append((time.perf_counter_ns() - began) / 1e3)
-            del batch
-        return float(np.median(times[2:]))
-
-    def one() -> float:
-        times = []
-        for _ in range(repeats + 2):
-            began = time.perf_counter_ns()
-            with ShmRouteReader(long) as routes:
-                routes.torch(device=DEVICE)
-                torch.cuda.synchronize()
-            times.append((time.perf_counter_ns() - began) / 1e3)
-        return float(np.median(times[2:]))
-
-    all_layers, stage, single = whole(None), whole(slice(0, 12)), one()
-    return [
-        Row("page-locked memory to the device, 201 MB", ceiling, "GB/s"),
-        Row("packed batch to the device, 64 x 8192 tokens", figure(all_layers / 1e3), "ms"),
-        Row(
-            "packed batch / ceiling",
-            figure(100 * gbs(nbytes, all_layers) / ceiling),
-            "%",
-            90,
-            "min",
-        ),
-        Row("the same, 12 of 48 layers", figure(stage / 1e3), "ms"),
-        Row("one record of 32768 tokens by ticket to the device", figure(single / 1e3), "ms"),
-    ]
+    shmroute.release([*batch, long])
+    return [Row(**row) for row in json.loads(done.stdout)]
 
 
 def main() -> int:

@@ -67,6 +67,9 @@ class RouteTable:
     ) -> None:
         self.routes = routes
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # By number: for another thread "cuda" is device 0.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.in_host_memory = in_host_memory
         self._shape = (locations, routes.row_shape[0] * routes.top_k)
         self._dtype = _STORAGE[routes.dtype.itemsize]
@@ -74,8 +77,8 @@ class RouteTable:
         # The rows in the widest words that a row is made of, for copying.
         self.word_bytes = next(size for size in _WORDS if routes.row_bytes % size == 0)
         self.words = self.rows.view(_WORDS[self.word_bytes])
-        self.tags = torch.full((locations,), INVALID, dtype=torch.int64, device=device)
-        self._layers = torch.tensor(routes.layer_ids, dtype=torch.int64, device=device)
+        self.tags = torch.full((locations,), INVALID, dtype=torch.int64, device=self.device)
+        self._layers = torch.tensor(routes.layer_ids, dtype=torch.int64, device=self.device)
         self._every_layer = len(routes.layer_ids) == routes.num_layers
         self._vocabulary = vocabulary
         self._fused: dict[tuple[int, int], Scatter] = {}

@@ -29,7 +29,7 @@ from shmroute.segments import SHM_DIR
 pytestmark = pytest.mark.gpu
 
 ROUTES = RouteLayout(256, 8, range(1, 13), num_layers=13)
-DEVICE = "cuda:0"
+DEVICE = "cuda"
 
 
 class DeviceForwards(Forwards):
