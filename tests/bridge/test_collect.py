@@ -75,19 +75,7 @@ def _int32(values: np.ndarray) -> torch.Tensor:
 
 @pytest.fixture
 def scheduler(sglang: SimpleNamespace, arena_name: str) -> Iterator[Scheduler]:
-    from sglang_bridge.capturer import ArenaCapturer
-
-    class WithoutModel(ArenaCapturer):
-        def __init__(self, publisher: Publisher, table: RouteTable) -> None:
-            self.publisher, self.shadow, self.host_cache = publisher, False, None
-            self.epochs, self.table = WeightEpochs(), table
-            self._entry, self._shared_buffer = None, False
-
-        def forward(self, batch: Any, captured: Any) -> None:
-            """One forward as the hooks see it."""
-            self._get_local_slice = lambda *_: captured
-            self.on_forward_begin(batch)
-            self.on_forward_end(batch, False, None)
+    from capturers import WithoutModel
 
     arena = shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=8)
     made = Scheduler(sglang, arena)
@@ -202,24 +190,13 @@ def test_a_rid_that_no_ticket_can_hold_fails_this_request_and_not_the_scheduler(
     assert scheduler.counters["failed_before_ticket"] == 1
 
 
-class Batch:
-    """What the hooks read of a ``ForwardBatch``."""
-
-    def __init__(self, ids: np.ndarray, locations: np.ndarray) -> None:
-        self.input_ids = torch.from_numpy(ids)
-        self.positions = torch.arange(len(ids))
-        self.out_cache_loc = torch.from_numpy(locations)
-        self.out_cache_loc_virtual = None
-
-    def contains_mm_inputs(self) -> bool:
-        return False
-
-
 @pytest.mark.parametrize("lacking", [0, 1], ids=["all captured", "one row short"])
 def test_a_forward_that_captured_too_few_rows_leaves_none_of_a_former_occupant(
     scheduler: Scheduler, lacking: int
 ) -> None:
     """The same tokens ran at the same places before: tags alone would let the old row pass."""
+    from capturers import Batch
+
     req, _ = scheduler.request("again", prompt=20, output=5)
     ids = np.array([*req.origin_input_ids, *req.output_ids])
     locations = scheduler.req_to_token_pool.req_to_token[1, :25].numpy().astype(np.int64)
@@ -235,6 +212,8 @@ def test_a_forward_that_captured_too_few_rows_leaves_none_of_a_former_occupant(
 
 def test_what_a_forward_captured_is_not_there_for_the_next_one(scheduler: Scheduler) -> None:
     """A layer that does not capture next time leaves -1, which is missing, and not old ids."""
+    from capturers import Batch
+
     ids, locations = scheduler.forwards.token_ids(8), scheduler.forwards.locations(8)
     buffer = torch.from_numpy(scheduler.forwards.routes(8))
     scheduler.capturer.forward(Batch(ids, locations), buffer)

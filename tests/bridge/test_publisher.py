@@ -367,14 +367,19 @@ def test_forwards_that_reuse_locations_at_once_never_reach_a_record(make_bridge:
             np.testing.assert_array_equal(routes.numpy(), rows)
 
 
+class HeldTable(RouteTable):
+    """A table whose gathers wait until they are let go."""
+
+    def __init__(self, *given: Any, **how: Any) -> None:
+        super().__init__(*given, **how)
+        self.held = threading.Event()
+
+    def gather(self, locations: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        self.held.wait()
+        return super().gather(locations, out)
+
+
 def test_collecting_does_not_wait_for_gathering(make_bridge: Make) -> None:
-    held = threading.Event()
-
-    class HeldTable(RouteTable):
-        def gather(self, locations: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-            held.wait()
-            return super().gather(locations, out)
-
     bridge = make_bridge(table=HeldTable)
     tickets = [bridge.serve("0", 20)[0]]
     bridge.publisher.flush()
@@ -385,8 +390,46 @@ def test_collecting_does_not_wait_for_gathering(make_bridge: Make) -> None:
         bridge.publisher.flush()
     with pytest.raises(shmroute.RouteTimeout):
         ShmRouteReader(tickets[0], timeout=0.05)
-    held.set()
+    bridge.table.held.set()
     assert ShmRouteReader(tickets[0]).tokens == 20
+
+
+def sealing_beside_a_pending_step(make_bridge: Make) -> tuple[Bridge, bytes, bytes]:
+    """A step is handed over and about to be sealed; the next one's request is collected."""
+    bridge = make_bridge(table=HeldTable)
+    ids, locations = bridge.forwards.token_ids(20), bridge.forwards.locations(20)
+    captured = bridge.forwards.run(ids, locations)
+    requests = [
+        bridge.forwards.finished(rid, ids, locations, captured) for rid in ("first", "pending")
+    ]
+    first = bridge.publisher.collect(requests[0])
+    bridge.publisher.flush()
+    pending = bridge.publisher.collect(requests[1])
+    bridge.table.held.set()
+    return bridge, first, pending
+
+
+def test_while_a_step_collects_sealing_waits(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is Python, on the scheduler thread's interpreter, and nobody needs it that soon."""
+    monkeypatch.setattr("sglang_bridge.publisher._PATIENCE", 60.0)
+    bridge, first, pending = sealing_beside_a_pending_step(make_bridge)
+    with pytest.raises(shmroute.RouteTimeout):
+        ShmRouteReader(first, timeout=0.1)
+    bridge.publisher.flush()
+    for ticket in (first, pending):
+        with ShmRouteReader(ticket) as routes:
+            assert routes.tokens == 20
+
+
+def test_a_step_that_stays_pending_holds_up_sealing_only_so_long(make_bridge: Make) -> None:
+    """A scheduler that is interrupted between collecting and handing over."""
+    _, first, pending = sealing_beside_a_pending_step(make_bridge)
+    with ShmRouteReader(first) as routes:
+        assert routes.tokens == 20
+    with pytest.raises(shmroute.RouteTimeout):
+        ShmRouteReader(pending, timeout=0)
 
 
 def test_stopping_seals_what_was_queued(make_bridge: Make) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from forwards import VOCABULARY, Forwards
 
-from sglang_bridge.table import RouteTable
+from sglang_bridge.errors import StartRefused
+from sglang_bridge.table import RouteTable, place_table
 from sglang_bridge.tags import INVALID, expected_places, wrong_rows
 from shmroute import RouteLayout
 
@@ -126,3 +127,59 @@ def test_a_forward_of_no_tokens_changes_nothing(forwards: Forwards) -> None:
     rows, tags = read(forwards.table, locations)
     np.testing.assert_array_equal(rows, captured[:, 1:])
     assert (tags >= 0).all()
+
+
+# -- memory of a colocated trainer ---------------------------------------------------------------
+
+
+def storage_bytes(table: RouteTable) -> int:
+    return sum(part.untyped_storage().nbytes() for part in (table.rows, table.words, table.tags))
+
+
+def test_memory_that_is_given_back_is_really_freed(forwards: Forwards) -> None:
+    """No view of it may keep a copy; kernels have its addresses, so the tensors stay."""
+    rows, tags = forwards.table.rows, forwards.table.tags
+    forwards.table.give_back()
+    assert storage_bytes(forwards.table) == 0
+    assert forwards.table.rows is rows
+    assert forwards.table.tags is tags
+
+
+def test_memory_that_is_taken_again_is_as_large_and_every_row_is_invalid(
+    forwards: Forwards,
+) -> None:
+    ids, locations = forwards.token_ids(40), forwards.locations(40)
+    forwards.run(ids, locations)
+    before = storage_bytes(forwards.table)
+    forwards.table.give_back()
+    forwards.table.take_again()
+    assert storage_bytes(forwards.table) == before
+    assert (forwards.table.tags == INVALID).all()
+
+
+def test_after_taking_memory_again_rows_are_valid_once_forwards_ran(forwards: Forwards) -> None:
+    ids, locations = forwards.token_ids(40), forwards.locations(40)
+    forwards.run(ids, locations)
+    forwards.table.give_back()
+    forwards.table.take_again()
+    captured = forwards.run(ids[:10], locations[:10])
+    rows, tags = read(forwards.table, locations)
+    np.testing.assert_array_equal(rows[:10], captured[:, 1:])
+    assert (tags[:10] >= 0).all()
+    assert (tags[10:] == INVALID).all()
+
+
+# -- where it lives ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["auto", "host"])
+def test_on_a_cpu_engine_the_table_is_in_its_memory(where: str) -> None:
+    table = place_table(where, RouteLayout(8, 2, range(3)), LOCATIONS, "cpu", VOCABULARY)
+    assert table.rows.device.type == "cpu"
+    assert not table.in_host_memory  # page-locked, for a device that writes into it
+    assert table.device_bytes == table.nbytes
+
+
+def test_a_gpu_s_table_is_refused_on_a_cpu_engine() -> None:
+    with pytest.raises(StartRefused, match="runs on a CPU; leave it at auto"):
+        place_table("gpu", RouteLayout(8, 2, range(3)), LOCATIONS, "cpu", VOCABULARY)

@@ -1,0 +1,48 @@
+"""The bridge's capturer without a model behind it: forwards as the hooks see them.
+
+Import it inside a test or fixture that has asked for ``sglang``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang_bridge.capturer import ArenaCapturer
+from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.publisher import Publisher
+from sglang_bridge.table import RouteTable
+
+
+class Batch:
+    """What the hooks read of a ``ForwardBatch``."""
+
+    def __init__(self, ids: np.ndarray, locations: np.ndarray) -> None:
+        self.input_ids = torch.from_numpy(ids)
+        self.positions = torch.arange(len(ids))
+        self.out_cache_loc = torch.from_numpy(locations)
+        self.out_cache_loc_virtual = None
+
+    def contains_mm_inputs(self) -> bool:
+        return False
+
+
+class WithoutModel(ArenaCapturer):
+    """An owner's capturer; with a host cache it is in shadow mode."""
+
+    def __init__(self, publisher: Publisher, table: RouteTable, host_cache: Any = None) -> None:
+        self.publisher, self.host_cache = publisher, host_cache
+        self.shadow = host_cache is not None
+        self.epochs, self.table = WeightEpochs(), table
+        self._entry, self._shared_buffer = None, False
+
+    def forward(self, batch: Any, captured: torch.Tensor) -> Any:
+        """One forward; returns what rides with its result through SGLang's overlap."""
+        self.on_forward_begin(batch)
+        return self.end_forward(batch, captured)
+
+    def end_forward(self, batch: Any, captured: torch.Tensor) -> Any:
+        self._get_local_slice = lambda *_: captured
+        return self.on_forward_end(batch, False, None, no_copy_to_cpu=True)

@@ -1,0 +1,221 @@
+"""What the capturer hands on: the marks of forwards, and memory to a colocated trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from forwards import VOCABULARY, Forwards
+
+import shmroute
+from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.gather_host import HostGatherer
+from sglang_bridge.publisher import Publisher
+from sglang_bridge.table import RouteTable
+from shmroute import IncompleteRoutes, RouteLayout, ShmRouteReader
+
+ROUTES = RouteLayout(16, 2, range(3))
+LOCATIONS = 256
+
+
+class CountingGatherer(HostGatherer):
+    """Numbers forwards as a gatherer with streams does, and keeps whose results came."""
+
+    def __init__(self, table: RouteTable) -> None:
+        super().__init__(table)
+        self.begun = 0
+        self.processed: list[int] = []
+
+    def forward_begins(self) -> int:
+        self.begun += 1
+        return self.begun
+
+    def result_processed(self, forward: int) -> None:
+        self.processed.append(forward)
+
+
+class Engine:
+    """An owner rank: its capturer, as SGLang's global one, and forwards to run."""
+
+    def __init__(self, arena: shmroute.Arena) -> None:
+        from capturers import WithoutModel
+
+        self.arena = arena
+        self.table = RouteTable(ROUTES, LOCATIONS, "cpu", vocabulary=VOCABULARY)
+        self.gatherer = CountingGatherer(self.table)
+        self.publisher = Publisher(
+            arena,
+            WeightEpochs(),
+            self.gatherer,
+            vocabulary=VOCABULARY,
+            inline_when_full=True,
+            shadow=False,
+        )
+        self.publisher.start()
+        self.forwards = Forwards(self.table)
+        self.native = torch.zeros((LOCATIONS, 3, 2), dtype=torch.int32)
+        host_cache = SimpleNamespace(buffer=self.native, destroy=lambda: None)
+        self.capturer = WithoutModel(self.publisher, self.table)
+        self.shadowed = WithoutModel(self.publisher, self.table, host_cache)
+
+    def batch(self, tokens: int) -> Any:
+        from capturers import Batch
+
+        return Batch(self.forwards.token_ids(tokens), self.forwards.locations(tokens))
+
+    def captured(self, tokens: int) -> torch.Tensor:
+        return torch.from_numpy(self.forwards.routes(tokens))
+
+    def serve(self, ids: np.ndarray, locations: np.ndarray) -> bytes:
+        """A request that is already in the table finishes."""
+        ticket = self.publisher.collect(self.forwards.finished("r", ids, locations))
+        self.publisher.flush()
+        return ticket
+
+
+@pytest.fixture
+def engine(sglang: SimpleNamespace, arena_name: str) -> Iterator[Engine]:
+    made = Engine(shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=8))
+    sglang.set_global_experts_capturer(made.capturer)
+    yield made
+    sglang.set_global_experts_capturer(None)
+    made.capturer.destroy()
+
+
+# -- marks ---------------------------------------------------------------------------------------
+
+
+def test_the_gatherer_learns_whose_result_is_processed_also_behind_a_later_forward(
+    engine: Engine,
+) -> None:
+    first = engine.capturer.forward(engine.batch(4), engine.captured(4))
+    second = engine.capturer.forward(engine.batch(4), engine.captured(4))
+    assert engine.gatherer.processed == []
+    first.finalize()
+    assert engine.gatherer.processed == [1]
+    second.finalize()
+    assert engine.gatherer.processed == [1, 2]
+
+
+def test_a_result_hands_over_what_an_interrupted_step_left_pending(engine: Engine) -> None:
+    batch = engine.batch(4)
+    mark = engine.capturer.forward(batch, engine.captured(4))
+    ids, locations = batch.input_ids.numpy(), batch.out_cache_loc.numpy()
+    ticket = engine.publisher.collect(engine.forwards.finished("r", ids, locations))
+    mark.finalize()
+    with ShmRouteReader(ticket) as routes:
+        assert routes.tokens == 4
+
+
+def test_a_forward_whose_beginning_was_not_seen_orders_nothing_and_its_rows_are_missing(
+    engine: Engine,
+) -> None:
+    batch, captured = engine.batch(4), engine.captured(4)
+    engine.capturer.forward(batch, captured.clone())
+    engine.capturer.end_forward(batch, captured).finalize()
+    assert engine.gatherer.processed == []
+    assert (engine.table.tags < 0).all()
+    assert (captured == -1).all()
+
+
+def test_without_shadow_mode_a_mark_carries_no_tensors(engine: Engine) -> None:
+    mark = engine.capturer.forward(engine.batch(4), engine.captured(4))
+    copied: list[torch.Tensor] = []
+    mark.map_device_tensors(copied.append)
+    assert copied == []
+
+
+def test_in_shadow_mode_sglang_s_own_rows_reach_its_host_cache_through_the_mark(
+    engine: Engine,
+) -> None:
+    """The buffer holds the next forward's rows by the time that they do."""
+    batch, captured = engine.batch(4), engine.captured(4)
+    expected, where = captured.clone(), batch.out_cache_loc
+    mark = engine.shadowed.forward(batch, captured)
+    copied = []
+
+    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(tensor)
+        return tensor.clone()
+
+    mark.map_device_tensors(to_host)
+    assert len(copied) == 2  # locations and routes
+    assert (captured == -1).all()
+    assert not engine.native.any()
+    mark.finalize()
+    assert torch.equal(engine.native[where], expected)
+    assert engine.gatherer.processed == [1]
+
+
+# -- memory of a colocated trainer ---------------------------------------------------------------
+
+
+def release(tags: list[str] | None) -> None:
+    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+    from sglang_bridge import scheduler
+
+    scheduler._memory_released(None, None, ReleaseMemoryOccupationReqInput(tags=tags))
+
+
+def resume(tags: list[str] | None) -> None:
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+    from sglang_bridge import scheduler
+
+    scheduler._memory_resumed(None, None, ResumeMemoryOccupationReqInput(tags=tags))
+
+
+def held(engine: Engine) -> int:
+    table = engine.table
+    return sum(part.untyped_storage().nbytes() for part in (table.rows, table.tags))
+
+
+@pytest.mark.parametrize("tags", [None, [], ["kv_cache"], ["weights", "kv_cache"]], ids=str)
+def test_the_table_s_memory_goes_and_comes_with_the_kv_cache_s(
+    engine: Engine, tags: list[str] | None
+) -> None:
+    before = held(engine)
+    assert before == engine.table.nbytes
+    release(tags)
+    assert held(engine) == 0
+    resume(tags)
+    assert held(engine) == before
+
+
+@pytest.mark.parametrize("tags", [["weights"], ["cuda_graph"]], ids=str)
+def test_while_the_kv_cache_stays_the_table_and_its_rows_stay(
+    engine: Engine, tags: list[str]
+) -> None:
+    """A trainer that takes the weights only must not lose the routes of what is cached."""
+    ids, locations = engine.forwards.token_ids(20), engine.forwards.locations(20)
+    captured = engine.forwards.run(ids, locations)
+    release(tags)
+    assert held(engine) == engine.table.nbytes
+    resume(tags)
+    with ShmRouteReader(engine.serve(ids, locations)) as routes:
+        np.testing.assert_array_equal(routes.numpy(), engine.forwards.rows(captured))
+
+
+def test_rows_from_before_are_missing_until_forwards_have_run_again(engine: Engine) -> None:
+    ids, locations = engine.forwards.token_ids(20), engine.forwards.locations(20)
+    engine.forwards.run(ids, locations)
+    release(None)
+    resume(None)
+    ticket = engine.serve(ids, locations)
+    with pytest.raises(IncompleteRoutes, match="20 of 20"):
+        ShmRouteReader(ticket)
+    captured = engine.forwards.run(ids, locations)
+    with ShmRouteReader(engine.serve(ids, locations)) as routes:
+        np.testing.assert_array_equal(routes.numpy(), engine.forwards.rows(captured))
+
+
+def test_the_kv_cache_may_go_without_a_capturer_of_ours(sglang: SimpleNamespace) -> None:
+    """Another rank's scheduler, or one whose model has no experts."""
+    sglang.set_global_experts_capturer(None)
+    release(None)
+    resume(None)

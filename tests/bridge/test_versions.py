@@ -1,0 +1,72 @@
+"""What the bridge reads where SGLang's versions differ."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_bridge import versions
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let another SGLang version be installed: ``installed("0.5.17")``."""
+
+    def install(number: str) -> None:
+        monkeypatch.setattr(versions, "version", lambda: number)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("number", "older"),
+    [
+        ("0.5.9", True),  # by number, not by text
+        ("0.5.17", True),
+        ("0.5.17.post1", True),
+        ("0.5.23", False),
+        ("0.5.23.post1", False),
+        ("0.6.0", False),
+        ("1.0", False),
+    ],
+)
+def test_the_form_changes_with_0_5_23(installed: Any, number: str, older: bool) -> None:
+    installed(number)
+    assert versions.is_older() == older
+
+
+@pytest.mark.parametrize(("number", "slot"), [("0.5.17", 3), ("0.5.23", 7)])
+def test_a_request_s_slot_is_read_where_its_version_has_it(
+    installed: Any, number: str, slot: int
+) -> None:
+    installed(number)
+    req = SimpleNamespace(req_pool_idx=3, kv=SimpleNamespace(req_pool_idx=7))
+    assert versions.request_slot(req) == slot
+
+
+def test_kv_locations_are_the_virtual_ones_where_there_are_any(installed: Any) -> None:
+    """``req_to_token`` has those; attention may have rebound the others to physical ones."""
+    batch = SimpleNamespace(out_cache_loc="physical", out_cache_loc_virtual="virtual")
+    installed("0.5.23")
+    assert versions.kv_locations(batch) == "virtual"
+    batch.out_cache_loc_virtual = None
+    assert versions.kv_locations(batch) == "physical"
+    del batch.out_cache_loc_virtual
+    installed("0.5.17")
+    assert versions.kv_locations(batch) == "physical"
+
+
+def test_what_an_older_sglang_does_not_have_is_off(installed: Any, sglang: Any) -> None:
+    installed("0.5.17")
+    resolved = versions.resolved_arguments(SimpleNamespace(device="cpu"))
+    assert resolved.device == "cpu"
+    assert resolved.attn_dp_size == 1
+    assert not resolved.enable_decoder_swa_bounded_replay
+
+
+def test_an_argument_that_no_version_has_is_not_made_up(installed: Any, sglang: Any) -> None:
+    installed("0.5.17")
+    with pytest.raises(AttributeError):
+        _ = versions.resolved_arguments(SimpleNamespace(device="cpu")).enable_something_new
