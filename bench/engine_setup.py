@@ -119,7 +119,7 @@ GPU = Scale(
     settle_seconds=0.1,
     steady_requests=320,
     latency_prompts=(("1K", 1008), ("8K", 8176), ("32K", 32_752)),
-    latency_repeats=8,
+    latency_repeats=6,
     # Below what mem_fraction_static leaves, so that every configuration has the same.
     kv_tokens=163_840,
     capacity="8GiB",

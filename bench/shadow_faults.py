@@ -11,7 +11,7 @@ from typing import Any
 
 VARIABLE = "SHMROUTE_BENCH_FAULTS"
 SNAPSHOT_FILE = "SHMROUTE_BENCH_SNAPSHOTS"
-_DELAY_CYCLES = 6_000_000  # 3 ms or so of the GPU's clock
+_DELAY_CYCLES = 120_000_000  # 60 ms or so of the GPU's clock: longer than a forward
 _COPIES_BEFORE_ERROR = 20
 
 

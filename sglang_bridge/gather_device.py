@@ -3,8 +3,7 @@
 Flow, with what orders each step::
 
     gather stream   snapshot of a request's KV locations   after the writes of req_to_token
-                                                           that were asked for before it
-                    schedule stream waits for the snapshot (SGLang rewrites the row next)
+                    (or on the schedule stream, below)     that were asked for before it
                     rows and tags into a lane of staging   after the lane's last copy
                     the next forward's scatter waits for this (``fence``)
     copy stream     lane -> page-locked arena, tags -> host buffer      after the gather
@@ -15,12 +14,13 @@ PCIe, unless the lanes are full. The forward that wrote the rows is over when it
 processed (the scheduler waited for it), so the gather need not wait for it.
 
 The snapshot and the schedule stream
-    Under SGLang's overlap the schedule stream is held back behind the forward that was
-    launched meanwhile, for a prefill behind the whole of it. A snapshot there would wait for
-    it. What it must come after are the earlier writes to ``req_to_token``, and those the
-    launched forward came after as well: so it waits for that forward's beginning. Where no
-    forward was launched meanwhile, nothing holds the schedule stream back and it waits for
-    that.
+    SGLang rewrites the request's row of ``req_to_token`` right after the hook, on the schedule
+    stream. Where that stream is idle, the snapshots of a step are simply copies on it, in order
+    with everything. But under SGLang's overlap it can be held back behind the forward that was
+    launched meanwhile, for a prefill behind the whole of it (measured: 18 ms of a 20 ms
+    forward), and with it the gather and the response's rows. Then the snapshot is taken on the
+    gather stream: after that forward's beginning, which itself came after all writes asked for
+    before, and the schedule stream waits for it before it rewrites the row.
 
 Until the arena is page-locked (``pinned``), and where that is refused, an asynchronous copy
 would make its caller wait: the sealer copies then, out of memory of the run's own.
@@ -40,7 +40,7 @@ from shmroute import Arena
 from shmroute.counters import Counters
 from shmroute.pinned import PageLock
 
-from .cuda_driver import Event, copy
+from .cuda_driver import Event, copy, is_idle
 from .finished import Finished, Gathered, Job
 from .kernels import Gather
 from .staging import (
@@ -115,9 +115,9 @@ class DeviceGatherer:
         self._next_lane = 0
         self._buffers = HostBuffers(self._lane_rows)
         self._hand_over: Callable[[Gathered | None], None] = lambda _: None
-        self._begin, self._asked, self._taken, self._gathered = (Event() for _ in range(4))
+        self._begin, self._taken, self._gathered = (Event() for _ in range(3))
         self._begun, self._processed = 0, 0
-        self._ordered, self._unfenced = False, False
+        self._ordered, self._aside, self._unfenced = False, False, False
         # Every request holds fewer locations than there are, and few share many of them.
         self._locations = torch.empty(
             2 * len(table.tags) + _LOCATIONS_LEAST, dtype=torch.int32, device=self.device
@@ -158,17 +158,21 @@ class DeviceGatherer:
         """The scheduler thread has waited for this forward's end."""
         self._processed = forward
         self._ordered = False
-        # What was taken before has been gathered from, or will be earlier in stream order.
-        self._locations_used = 0
+        self._locations_used = 0  # what was taken before is gathered from before it is overwritten
 
-    def _come_after_writes(self) -> None:
-        """Order the gather stream behind the writes of ``req_to_token`` asked for so far."""
+    def _choose_stream(self) -> None:
+        """Where this step's snapshots come after the writes of ``req_to_token`` asked for so far.
+
+        Nothing is launched on the schedule stream between them that could hold it back.
+        """
         self._schedule = torch.cuda.current_stream().cuda_stream
-        if self._begun > self._processed:
+        held_back = self._begun > self._processed and not is_idle(self._schedule)
+        if held_back:
             self._begin.hold_back(self._gather)
         else:
-            self._asked.record(self._schedule)
-            self._asked.hold_back(self._gather)
+            # The step before may still be gathered from the memory that these go to.
+            self._gathered.hold_back(self._schedule)
+        self._aside = held_back
         self._ordered = True
 
     def snapshot(
@@ -177,13 +181,23 @@ class DeviceGatherer:
         if req_to_token is not self._pool:
             self._look_at(req_to_token)
         if not self._ordered:
-            self._come_after_writes()
+            self._choose_stream()
         taken = self._place_for(end - start)
         source = self._pool_address + _INT32 * (slot * self._pool_stride + start)
-        copy(taken.address, source, _INT32 * (end - start), self._gather)
-        self._taken.record(self._gather)
-        self._taken.hold_back(self._schedule)
+        nbytes = _INT32 * (end - start)
+        if self._aside:
+            copy(taken.address, source, nbytes, self._gather)
+            self._taken.record(self._gather)
+            self._taken.hold_back(self._schedule)
+        else:
+            copy(taken.address, source, nbytes, self._schedule)
         return taken
+
+    def _come_after_snapshots(self) -> None:
+        """Order the gather stream behind this step's snapshots."""
+        if not self._aside:
+            self._taken.record(self._schedule)
+            self._taken.hold_back(self._gather)
 
     def _look_at(self, req_to_token: torch.Tensor) -> None:
         if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:
@@ -206,6 +220,7 @@ class DeviceGatherer:
     # -- scheduler thread --------------------------------------------------------------------
 
     def submit(self, jobs: list[Job]) -> None:
+        self._come_after_snapshots()
         for run in plan_runs(jobs, self._row_bytes, self._lane_bytes, self._lane_rows):
             work = _Run(self, run, pageable=not self.page_lock.ready)
             try:
@@ -265,6 +280,7 @@ class DeviceGatherer:
         copy(target, lane.words.data_ptr(), run.nbytes, self._copy)
 
     def gather_now(self, request: Finished) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        self._come_after_snapshots()
         table, taken = self._table, request.locations
         rows = np.empty((request.tokens, *table.routes.row_shape), dtype=table.routes.dtype)
         first = (taken.address - taken.memory.data_ptr()) // _INT32

@@ -259,13 +259,21 @@ def test_without_the_wait_of_the_scatter_they_do(make_bridge: Make) -> None:
     assert reused_at_once(bridge) > 20
 
 
-def snapshot_late(bridge: Bridge) -> torch.Tensor:
-    """A snapshot behind a busy gather stream, and the pool's row rewritten right after it."""
+def snapshot_late(bridge: Bridge, *, held_back: bool) -> torch.Tensor:
+    """A snapshot behind a busy gather stream, and the pool's row rewritten right after it.
+
+    ``held_back``: the schedule stream is busy, as behind a forward that was launched meanwhile.
+    """
     bridge.req_to_token[3, :100] = torch.arange(100, device=DEVICE, dtype=torch.int32)
     torch.cuda.synchronize()
     with torch.cuda.stream(bridge.gatherer._gather_stream):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(100_000_000)
+    if held_back:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            bridge.gatherer.forward_begins()
+        torch.cuda._sleep(10_000_000)
     taken = bridge.gatherer.snapshot(bridge.req_to_token, 3, 0, 100)
+    assert bridge.gatherer._aside is held_back
     bridge.req_to_token[3].fill_(9)
     torch.cuda.synchronize()
     return read(taken, 100)
@@ -276,8 +284,12 @@ def read(taken: DeviceLocations, count: int) -> torch.Tensor:
     return taken.memory[first : first + count].cpu()
 
 
-def test_a_row_of_the_pool_is_not_rewritten_before_its_snapshot(make_bridge: Make) -> None:
-    assert torch.equal(snapshot_late(make_bridge()), torch.arange(100, dtype=torch.int32))
+@pytest.mark.parametrize("held_back", [False, True])
+def test_a_row_of_the_pool_is_not_rewritten_before_its_snapshot(
+    make_bridge: Make, held_back: bool
+) -> None:
+    taken = snapshot_late(make_bridge(), held_back=held_back)
+    assert torch.equal(taken, torch.arange(100, dtype=torch.int32))
 
 
 def test_without_the_wait_of_the_schedule_stream_it_is(
@@ -285,7 +297,23 @@ def test_without_the_wait_of_the_schedule_stream_it_is(
 ) -> None:
     bridge = make_bridge()
     monkeypatch.setattr(Event, "hold_back", lambda *_: None)
-    assert torch.equal(snapshot_late(bridge), torch.full((100,), 9, dtype=torch.int32))
+    taken = snapshot_late(bridge, held_back=True)
+    assert torch.equal(taken, torch.full((100,), 9, dtype=torch.int32))
+
+
+def test_a_step_s_snapshots_wait_for_the_gather_of_the_step_before(make_bridge: Make) -> None:
+    """They go to the same memory, on another stream."""
+    bridge = make_bridge()
+    served = []
+    for step in range(20):
+        served.append(bridge.serve(f"{step}", 3000))
+        with torch.cuda.stream(bridge.gatherer._gather_stream):
+            torch.cuda._sleep(3_000_000)
+        bridge.flush()
+        bridge.req_to_token[1, :3000].fill_(0)
+        bridge.gatherer.snapshot(bridge.req_to_token, 1, 0, 3000)  # another request's
+        bridge.gatherer.result_processed(0)
+    check(served)
 
 
 def test_a_snapshot_does_not_wait_for_the_forward_that_was_launched_meanwhile(
