@@ -69,7 +69,7 @@ class Metadata(NamedTuple):
         """
         try:
             rid, missing, versions = msgpack.unpackb(blob, max_map_len=0, max_ext_len=0)
-            runs = tuple(WeightRun(int(f), int(e), str(label)) for f, e, label in versions)
+            runs = as_runs(versions)
             spans = _spans(missing, tokens)
         except ValueError:
             raise
@@ -77,8 +77,9 @@ class Metadata(NamedTuple):
             raise ValueError(f"unreadable record metadata: {error}") from error
         if not isinstance(rid, str):
             raise ValueError("the record's rid is no text")
-        if any(not 0 <= run.first < max(tokens, 1) for run in runs):
-            raise ValueError("a weight version run lies outside the record")
+        for run in runs:
+            if not 0 <= run.first < max(tokens, 1):
+                raise ValueError("a weight version run lies outside the record")
         return cls(rid, spans, runs)
 
 

@@ -43,10 +43,10 @@ def positions(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]
 
 def runs(chosen: Sequence[int]) -> tuple[Run, ...]:
     """Join positions that follow one another."""
-    found: list[Run] = []
-    for to, position in enumerate(chosen):
-        if found and found[-1].end == position:
-            found[-1] = found[-1]._replace(end=position + 1)
-        else:
-            found.append(Run(to, position, position + 1))
-    return tuple(found)
+    if isinstance(chosen, range) and chosen.step == 1:  # all layers, a pipeline stage's: nearly all
+        return (Run(0, chosen.start, chosen.stop),)
+    firsts = [to for to, at in enumerate(chosen) if to == 0 or chosen[to - 1] != at - 1]
+    ends = [*firsts[1:], len(chosen)]
+    return tuple(
+        [Run(to, chosen[to], chosen[end - 1] + 1) for to, end in zip(firsts, ends, strict=True)]
+    )
