@@ -17,7 +17,7 @@ import binascii
 import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -43,9 +43,12 @@ _DTYPES = {"uint8": 1, "uint16": 2}
 _DTYPE_NAMES = {number: dtype for dtype, number in _DTYPES.items()}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ticket:
-    """Where one record lies. Opaque to users; all fields are as issued, none is trusted."""
+class Ticket(NamedTuple):
+    """Where one record lies. Opaque to users; all fields are as issued, none is trusted.
+
+    A named tuple, since a batch decodes as many as it has records before anything is copied,
+    and a frozen dataclass of twelve fields takes 2 us.
+    """
 
     boot_id: str
     host: str
@@ -132,6 +135,10 @@ class InlineRecord:
     metadata: Metadata
     rows: npt.NDArray[Any]
 
+    @property
+    def tokens(self) -> int:
+        return len(self.rows)
+
     def encode(self) -> bytes:
         """The envelope with the rows in it."""
         layout = self.routes
@@ -214,31 +221,46 @@ def _decode_ticket(body: Any) -> Ticket:
     boot, host, name, arena_id, slot, generation, rid, start, tokens, layers, top_k, code, done = (
         body
     )
-    segment = _segment(_typed(name, str, "segment")[:_SEGMENT_NAME_MAX])
-    if segment is None or segment.temporary or segment.arena_id != arena_id:
-        raise InvalidTicket(f"the ticket names no arena segment: {name!r:.120}")
+    boot_id, segment, dtype = _issuer(boot, name, arena_id, layers, top_k, code)
     if done not in (None, True, False):
         raise InvalidTicket(f"the ticket's complete is {done!r}")
+    if _bounded(generation, 2, (1 << 64) - 2, "generation") % 2:
+        raise InvalidTicket(f"the ticket's generation {generation} is odd")
+    return Ticket(
+        boot_id,
+        _typed(host, bytes, "host").decode("utf-8", "replace"),
+        segment,
+        _bounded(slot, 0, MAX_SLOTS - 1, "slot"),
+        generation,
+        _rid(rid),
+        _bounded(start, 0, MAX_TOKENS, "start"),
+        _bounded(tokens, 1, MAX_TOKENS, "tokens"),
+        layers,
+        top_k,
+        dtype,
+        done,
+    )
+
+
+# ``typed``, since equal keys are one entry and 1 == True == 1.0.
+@lru_cache(maxsize=64, typed=True)
+def _issuer(
+    boot: Any, name: Any, arena_id: Any, layers: Any, top_k: Any, code: Any
+) -> tuple[str, SegmentName, str]:
+    """Check what all tickets of an arena say; boot id, segment and dtype of it."""
+    segment = parse_segment(_typed(name, str, "segment")[:_SEGMENT_NAME_MAX])
+    if segment is None or segment.temporary or segment.arena_id != arena_id:
+        raise InvalidTicket(f"the ticket names no arena segment: {name!r:.120}")
     if len(_typed(boot, bytes, "boot id")) != 16:
         raise InvalidTicket(f"the ticket's boot id has {len(boot)} bytes")
+    _bounded(layers, 1, MAX_LAYERS, "layers")
+    _bounded(top_k, 1, 256, "top_k")
     text = boot.hex()
-    ticket = Ticket(
-        boot_id="-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])),
-        host=_typed(host, bytes, "host").decode("utf-8", "replace"),
-        segment=segment,
-        slot=_bounded(slot, 0, MAX_SLOTS - 1, "slot"),
-        generation=_bounded(generation, 2, (1 << 64) - 2, "generation"),
-        rid=_rid(rid),
-        start=_bounded(start, 0, MAX_TOKENS, "start"),
-        tokens=_bounded(tokens, 1, MAX_TOKENS, "tokens"),
-        layers=_bounded(layers, 1, MAX_LAYERS, "layers"),
-        top_k=_bounded(top_k, 1, 256, "top_k"),
-        dtype=_DTYPE_NAMES[_bounded(code, 1, 2, "dtype")],
-        complete=done,
+    return (
+        "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])),
+        segment,
+        _DTYPE_NAMES[_bounded(code, 1, 2, "dtype")],
     )
-    if ticket.generation % 2:
-        raise InvalidTicket(f"the ticket's generation {ticket.generation} is odd")
-    return ticket
 
 
 def _decode_inline(body: Any) -> InlineRecord:
@@ -276,12 +298,6 @@ def _tickets_of(
     return ArenaTickets(boot_id, host, segment, layers, top_k, dtype)
 
 
-@lru_cache(maxsize=64)
-def _segment(name: str) -> SegmentName | None:
-    """``parse_segment`` for the few segments that a process gets tickets of."""
-    return parse_segment(name)
-
-
 def _typed(value: Any, kind: type, what: str) -> Any:
     if type(value) is not kind:
         raise InvalidTicket(f"the ticket's {what} is a {type(value).__name__}")
@@ -297,7 +313,13 @@ def _bounded(value: Any, low: int, high: int, what: str) -> int:
 def _rid(rid: Any) -> str:
     if len(_typed(rid, str, "rid")) > RID_BYTES_MAX:
         raise InvalidTicket(f"the ticket's rid has {len(rid)} characters")
-    return str(rid)
+    text: str = rid
+    return text
+
+
+# Not unions, which Python would make anew for each source.
+_ENVELOPE_TYPES = (bytes, bytearray, memoryview)
+_DECODED_TYPES = (Ticket, InlineRecord)
 
 
 def looks_like_ticket(text: str) -> bool:
@@ -311,10 +333,10 @@ def parse_source(source: Any) -> Ticket | InlineRecord | str:
     A response is SGLang's output with ``meta_info``, a ``meta_info`` by itself, an OpenAI
     response with ``sglext``, or ``sglext`` by itself.
     """
-    if isinstance(source, Ticket | InlineRecord):
-        return source
-    if isinstance(source, bytes | bytearray | memoryview):
+    if isinstance(source, _ENVELOPE_TYPES):
         return decode(source)
+    if isinstance(source, _DECODED_TYPES):
+        return source
     if isinstance(source, str):
         if looks_like_ticket(source):
             return _decode_text(source)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgpack
 import numpy as np
 import pytest
@@ -50,7 +48,7 @@ def test_the_largest_ticket_of_a_64_byte_rid_has_at_most_256_bytes():
 
 
 def test_a_ticket_survives_its_own_encoding():
-    assert decode(LARGEST.encode()) == dataclasses.replace(LARGEST, host="h" * 27)
+    assert decode(LARGEST.encode()) == LARGEST._replace(host="h" * 27)
 
 
 @given(
@@ -76,7 +74,7 @@ def test_tickets_of_an_arena_are_what_msgpack_makes_of_all_their_fields(
 
 @given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=80))
 def test_a_ticket_s_length_is_never_a_multiple_of_4(rid):
-    assert len(dataclasses.replace(LARGEST, rid=rid).encode()) % 4
+    assert len(LARGEST._replace(rid=rid).encode()) % 4
 
 
 def test_an_inline_envelope_s_length_is_never_a_multiple_of_4(make_arena):
@@ -86,7 +84,7 @@ def test_an_inline_envelope_s_length_is_never_a_multiple_of_4(make_arena):
 
 
 def test_the_response_grows_by_at_most_350_bytes(text):
-    ticket = dataclasses.replace(LARGEST, rid="0123456789abcdef" * 4)
+    ticket = LARGEST._replace(rid="0123456789abcdef" * 4)
     assert len(',"routed_experts":""') + len(text(ticket.encode())) <= 350
 
 
@@ -202,8 +200,8 @@ def test_another_version_of_tickets_is_named(ticket):
 
 
 def test_a_ticket_of_another_node_names_that_node(ticket):
-    foreign = dataclasses.replace(
-        decode(ticket), host="other-node", boot_id="00000000-0000-0000-0000-000000000001"
+    foreign = decode(ticket)._replace(
+        host="other-node", boot_id="00000000-0000-0000-0000-000000000001"
     )
     with pytest.raises(NotOnThisNode, match="other-node"):
         ShmRouteReader(foreign.encode())
@@ -229,12 +227,12 @@ def test_a_ticket_knows_this_boot(ticket):
 )
 def test_a_ticket_that_contradicts_its_record_is_refused(ticket, change, error):
     with pytest.raises(error):
-        ShmRouteReader(dataclasses.replace(decode(ticket), **change).encode(), timeout=0)
+        ShmRouteReader(decode(ticket)._replace(**change).encode(), timeout=0)
 
 
 def test_a_refused_ticket_leaves_no_lease(arena, ticket):
     with pytest.raises(InvalidTicket):
-        ShmRouteReader(dataclasses.replace(decode(ticket), tokens=19).encode())
+        ShmRouteReader(decode(ticket)._replace(tokens=19).encode())
     with ShmRouteReader(ticket) as routes:
         routes.release()
     assert arena.writer.reclaim() == 1
@@ -248,7 +246,7 @@ def test_a_ticket_of_another_arena_than_asked_for_is_refused(arena, ticket):
 
 
 def test_a_ticket_of_a_removed_arena_is_arena_not_found(ticket):
-    gone = dataclasses.replace(decode(ticket), segment=SegmentName(0, "gone", b"\1" * 8))
+    gone = decode(ticket)._replace(segment=SegmentName(0, "gone", b"\1" * 8))
     with pytest.raises(ArenaNotFound, match="is not under /dev/shm"):
         ShmRouteReader(gone.encode())
 
@@ -256,3 +254,16 @@ def test_a_ticket_of_a_removed_arena_is_arena_not_found(ticket):
 def test_a_failed_ticket_says_why_there_are_no_routes():
     with pytest.raises(RouteFailed, match="rid 'r': the engine kept no routes: a CUDA error"):
         ShmRouteReader(failed_ticket("r", "a CUDA error"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(9, True), (9, 1.0), (10, True), (11, 1.0), (11, True), (2, b"segment")]
+)
+def test_a_field_of_another_type_is_refused_after_its_equal_was_taken(ticket, field, value):
+    """What all tickets of an arena say is checked once and remembered: by type, too."""
+    magic, version, kind, body, pad = msgpack.unpackb(ticket)
+    body[field] = {9: 1, 10: 1, 11: 1}.get(field, body[field])
+    decode(msgpack.packb([magic, version, kind, body, pad]))
+    body[field] = value
+    with pytest.raises(InvalidTicket):
+        decode(msgpack.packb([magic, version, kind, body, pad]))
