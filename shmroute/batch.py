@@ -20,8 +20,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import selection, views
+from . import selection
 from .errors import LayoutMismatch
+from .opening import Opener, Record, SlotRecord
 from .reader import ShmRouteReader
 from .releasing import as_many
 from .ticket import Ticket, parse_source
@@ -153,10 +154,9 @@ class _Records:
         self, sources: Any, arena: str | None, timeout: float, allow_missing: bool
     ) -> None:
         self._deadline = time.monotonic() + timeout
-        self._arena = arena
-        self._allow_missing = allow_missing
+        self._opener = Opener(arena, allow_missing=allow_missing)
         self._sources = [parse_source(source) for source in as_many(sources)]
-        self._opened: dict[int, ShmRouteReader] = {}
+        self._opened: dict[int, Record] = {}
         self._known: dict[Any, int] = {}
         if not self._sources:
             raise ValueError("a batch of no sources: of what shape would it be?")
@@ -164,19 +164,15 @@ class _Records:
     def __len__(self) -> int:
         return len(self._sources)
 
-    def __getitem__(self, index: int) -> ShmRouteReader:
-        if index not in self._opened:
-            routes = ShmRouteReader(
-                self._sources[index],
-                arena=self._arena,
-                timeout=max(0.0, self._deadline - time.monotonic()),
-                allow_missing=self._allow_missing,
-            )
-            self._opened[index] = routes
-            self._check(index, routes)
-        return self._opened[index]
+    def __getitem__(self, index: int) -> Record:
+        record = self._opened.get(index)
+        if record is None:
+            left = max(0.0, self._deadline - time.monotonic())
+            record = self._opened[index] = self._opener.open(self._sources[index], left)
+            self._check(index, record)
+        return record
 
-    def __iter__(self) -> Iterator[ShmRouteReader]:
+    def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
     def tokens(self) -> list[int]:
@@ -192,40 +188,39 @@ class _Records:
         return counts
 
     def close(self) -> None:
-        for routes in self._opened.values():
-            routes.close()
+        self._opened.clear()
+        self._opener.close()
 
-    def _check(self, index: int, routes: ShmRouteReader) -> None:
+    def _check(self, index: int, record: Record) -> None:
         first = self[0]
-        if _geometry(routes) != _geometry(first):
+        if record.routes is not first.routes and _geometry(record) != _geometry(first):
             raise LayoutMismatch(
                 f"source 0 (rid {first.rid!r}) has {_described(first)}, source {index} (rid "
-                f"{routes.rid!r}) has {_described(routes)}: read each model's records in a batch "
+                f"{record.rid!r}) has {_described(record)}: read each model's records in a batch "
                 "of their own"
             )
-        other = self._known.setdefault(_identity(routes), index)
+        other = self._known.setdefault(_identity(record), index)
         if other != index:
             raise ValueError(
                 f"sources {min(other, index)} and {max(other, index)} are the same record, of rid "
-                f"{routes.rid!r}: read it once and index the result"
+                f"{record.rid!r}: read it once and index the result"
             )
 
 
-def _geometry(routes: ShmRouteReader) -> tuple[int, int, tuple[int, ...]]:
+def _geometry(record: Record) -> tuple[int, int, tuple[int, ...]]:
     # Not the model's name, which engines may take from different paths.
-    return routes.layout.num_experts, routes.layout.top_k, routes.layer_ids
+    return record.routes.num_experts, record.routes.top_k, record.routes.layer_ids
 
 
-def _described(routes: ShmRouteReader) -> str:
-    experts, top_k, layer_ids = _geometry(routes)
+def _described(record: Record) -> str:
+    experts, top_k, layer_ids = _geometry(record)
     return f"top-{top_k} of {experts} experts in {len(layer_ids)} layers {list(layer_ids)[:64]}"
 
 
-def _identity(routes: ShmRouteReader) -> Any:
-    rows = routes.stored()
-    if isinstance(rows, views.LeasedRows):
-        return rows.address  # no other record has it while we hold this one
-    return routes.rid, routes.start, routes.tokens
+def _identity(record: Record) -> Any:
+    if isinstance(record, SlotRecord):
+        return record.rows.address  # no other record has it while we hold this one
+    return record.rid, record.start, record.tokens
 
 
 def _packed(
@@ -238,28 +233,29 @@ def _packed(
 
     from . import transfer
 
-    layout = records[0].layout
+    layout = records[0].routes
     chosen = selection.positions(layers, len(layout.layer_ids))
     firsts = [0, *itertools.accumulate(records.tokens())]
     rows = transfer.pack(
-        (routes.stored() for routes in records),
+        (record.rows for record in records),
         selection.runs(chosen),
         tokens=firsts[-1],
         layout=layout,
         device=device,
         dtype=dtype,
     )
+    opened = list(records)
     return RouteBatch(
         rows=rows,
         # Not ``torch.tensor(..., device=device)``, which waits for the stream.
         cu_seqlens=torch.tensor(firsts, dtype=torch.int32).to(device, non_blocking=True),
-        rids=tuple(routes.rid for routes in records),
-        starts=tuple(routes.start for routes in records),
+        rids=tuple([record.rid for record in opened]),
+        starts=tuple([record.start for record in opened]),
         layer_ids=tuple(layout.layer_ids[position] for position in chosen),
         missing=tuple(
             (at + first, at + end)
-            for at, routes in zip(firsts, records, strict=False)
-            for first, end in routes.missing
+            for at, record in zip(firsts, opened, strict=False)
+            for first, end in record.metadata.missing
         ),
     )
 

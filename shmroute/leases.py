@@ -37,7 +37,7 @@ import struct
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 from .errors import LeaseUnavailable
 from .segments import open_object
@@ -90,7 +90,7 @@ def _requests(kind: int) -> tuple[bytes, ...]:
     return tuple(_request(kind, byte, 1) for byte in range(SLOTS_PER_FILE))
 
 
-_EXCLUSIVE, _UNLOCK = _requests(fcntl.F_WRLCK), _requests(fcntl.F_UNLCK)
+_EXCLUSIVE, _SHARED, _UNLOCK = map(_requests, (fcntl.F_WRLCK, fcntl.F_RDLCK, fcntl.F_UNLCK))
 
 
 def open_lease_file(name: str, *, writable: bool) -> int:
@@ -162,25 +162,28 @@ class SharedLeases:
         """
         try:
             with self._lock:
-                return self._acquire(slot)
+                count = self._counts.get(slot, 0)
+                if count == 0 and not self._lock_slot(slot):
+                    return False
+                self._counts[slot] = count + 1
+                return True
         finally:
-            self._drain()
+            if self._dropped:
+                self._drain()
 
-    def drop(self, slot: int) -> None:
-        """Give one lease back. Safe in a finaliser, whatever this thread is doing."""
-        self._dropped.append(slot)
+    def drop(self, slots: Iterable[int]) -> None:
+        """Give leases back, one for each slot named. Safe in a finaliser, whatever this thread
+        is doing.
+
+        Of a batch together: neighbours are one call of the kernel's, and each call lets another
+        thread have the interpreter, which costs the two of them far more than the call.
+        """
+        self._dropped.extend(slots)
         self._drain()
 
     def held(self) -> int:
         """Slots that this process holds leases on."""
         return len(self._counts)
-
-    def _acquire(self, slot: int) -> bool:
-        count = self._counts.get(slot, 0)
-        if count == 0 and not self._lock_slot(slot):
-            return False
-        self._counts[slot] = count + 1
-        return True
 
     def _lock_slot(self, slot: int) -> bool:
         index, byte = divmod(slot, SLOTS_PER_FILE)
@@ -189,10 +192,11 @@ class SharedLeases:
             fd = self._fds[index] = open_lease_file(self._file_name(index), writable=False)
             self._held_in[index] = 0
         try:
-            taken = lock_range(fd, fcntl.F_RDLCK, byte, 1)
+            taken = _set_lock(fd, _SHARED[byte])
             self._held_in[index] += taken
         finally:
-            self._close_if_idle(index)
+            if not self._held_in[index]:
+                self._close(index)
         return taken
 
     def _drain(self) -> None:
@@ -201,27 +205,35 @@ class SharedLeases:
         # lock now, this very thread included, drains when done.
         while self._dropped and not self._lock.locked():
             with self._lock:
+                ended = []
                 while self._dropped:
-                    self._release(self._dropped.popleft())
+                    slot = self._dropped.popleft()
+                    if self._was_last(slot):
+                        ended.append(slot)
+                for index, byte, length in _ranges(sorted(ended)):
+                    self._unlock(index, byte, length)
 
-    def _release(self, slot: int) -> None:
+    def _was_last(self, slot: int) -> bool:
+        """Give back one lease; whether nobody else here has another on the slot."""
         if self._lost.get(slot):
             self._lost[slot] -= 1
-            return
+            return False
         self._counts[slot] -= 1
         if self._counts[slot]:
-            return
+            return False
         del self._counts[slot]
-        index, byte = divmod(slot, SLOTS_PER_FILE)
-        self._held_in[index] -= 1
-        if self._held_in[index]:
-            lock_range(self._fds[index], fcntl.F_UNLCK, byte, 1)
-        self._close_if_idle(index)
+        return True
 
-    def _close_if_idle(self, index: int) -> None:
-        if self._held_in[index] == 0:
-            del self._held_in[index]
-            os.close(self._fds.pop(index))
+    def _unlock(self, index: int, byte: int, length: int) -> None:
+        self._held_in[index] -= length
+        if self._held_in[index]:
+            lock_range(self._fds[index], fcntl.F_UNLCK, byte, length)
+        else:
+            self._close(index)
+
+    def _close(self, index: int) -> None:
+        del self._held_in[index]
+        os.close(self._fds.pop(index))
 
     # fork: the lock is held from ``before`` to both ``after``, so that the copy is consistent.
 
@@ -269,34 +281,44 @@ class SharedLeases:
         self._drain()
 
 
-class HeldLease:
-    """One lease of this process, dropped with this object: its only owner.
+def _ranges(slots: list[int]) -> Iterator[tuple[int, int, int]]:
+    """``(file, first byte, length)`` of ascending slots; neighbours of one file are one range."""
+    first = 0
+    for end, slot in enumerate(slots, 1):
+        if end == len(slots) or slots[end] != slot + 1 or slots[end] % SLOTS_PER_FILE == 0:
+            yield *divmod(slots[first], SLOTS_PER_FILE), end - first
+            first = end
+
+
+class HeldLeases:
+    """Leases of this process that end together, with this object: their only owner.
 
     An exception out of a signal handler can arrive between any two steps of an opening. Then
     a lease may live as long as the process; it is never dropped twice, which would take
     another view's.
     """
 
-    __slots__ = ("_held", "_leases", "_slot")
+    __slots__ = ("_leases", "_slots")
 
-    def __init__(self, leases: SharedLeases, slot: int) -> None:
-        self._held = False
+    def __init__(self, leases: SharedLeases) -> None:
+        self._slots: list[int] = []
         self._leases = leases
-        self._slot = slot
 
-    def try_acquire(self) -> bool:
-        """See ``SharedLeases.try_acquire``; at most once."""
-        self._held = self._leases.try_acquire(self._slot)
-        return self._held
+    def try_acquire(self, slot: int) -> bool:
+        """See ``SharedLeases.try_acquire``; at most once a slot."""
+        taken = self._leases.try_acquire(slot)
+        if taken:
+            self._slots.append(slot)
+        return taken
 
-    def drop(self) -> None:
-        """Give it back now; again is fine."""
-        if self._held:
-            self._held = False
-            self._leases.drop(self._slot)
+    def drop_last(self) -> None:
+        """Give the one that was taken last back now."""
+        self._leases.drop([self._slots.pop()])
 
     def __del__(self) -> None:
-        self.drop()
+        slots, self._slots = self._slots, []
+        if slots:
+            self._leases.drop(slots)
 
 
 _every_shared: weakref.WeakSet[SharedLeases] = weakref.WeakSet()

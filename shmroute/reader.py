@@ -1,27 +1,7 @@
-"""``ShmRouteReader``: open one record, by rid, ticket or response, and map its rows.
-
-Protocol (the reader's half; ``writer`` has the other)
-    1 find slot and generation (from the ticket, or by the rid's hash)
-    2 take the slot's shared lease without waiting (busy: the copy is in flight, try again
-      with a short back-off until ``timeout``)
-    3 the word must equal the generation, and nobody may have released it
-    4 check every offset and size against the arena
-    5 hand out views that keep the lease; it drops with the last of them
-
-Races, and where they are closed
-    - The slot is recycled between 1 and 2: its word holds another generation (step 3).
-    - It is recycled after step 2: it cannot be, the writer needs the exclusive lease.
-    - The writer dies while it writes: its lease is free and the word odd (``WriterDied``).
-    - Equal hashes of different rids: under the lease the full rid is compared.
-    - Two records of one rid: the newer takes the older's hash when it is reserved, so only a
-      ticket finds the older; between arenas the time of sealing decides.
-    - A release races another reader: the record stays until that reader's lease is gone,
-      but nobody else opens it any more.
-"""
+"""``ShmRouteReader``: one record of routes and what it says; how it is opened, see ``opening``."""
 
 from __future__ import annotations
 
-import time
 import zlib
 from types import TracebackType
 from typing import Any
@@ -29,27 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import layout, segments, views
-from .attached import AttachedArena, attach
-from .errors import (
-    ChecksumMismatch,
-    IncompleteRoutes,
-    InvalidTicket,
-    LayoutMismatch,
-    NotOnThisNode,
-    RouteFailed,
-    RouteGone,
-    ShmRouteError,
-    WriterDied,
-)
-from .layout import FLAG_CHECKSUM, SlotRow
-from .leases import HeldLease
-from .memory import ArenaMemory, rid_hash
+from . import views
+from .attached import AttachedArena
+from .errors import ChecksumMismatch, ShmRouteError
+from .layout import FLAG_CHECKSUM
 from .metadata import Metadata, WeightRun
-from .search import candidates, ended, life_of, timed_out
+from .opening import Opener
 from .ticket import InlineRecord, Ticket, parse_source
-
-_BACKOFF_FIRST, _BACKOFF_LAST = 50e-6, 2e-3
 
 
 class ShmRouteReader:
@@ -101,139 +67,20 @@ class ShmRouteReader:
         self._rows: views.LeasedRows | None = None
         self._arena: AttachedArena | None = None
         self._metadata: Metadata | None = None
-        parsed = parse_source(source)
-        if isinstance(parsed, InlineRecord):
-            self._open_inline(parsed)
-        else:
-            self._open_slot(parsed, arena, timeout)
-        if self.missing_rows and not allow_missing:
-            message = self._incomplete()
-            self.close()
-            raise IncompleteRoutes(message)
-
-    # -- opening ---------------------------------------------------------------------------
-
-    def _open_inline(self, record: InlineRecord) -> None:
-        self._inline: npt.NDArray[Any] | None = record.rows
+        record = Opener(arena, allow_missing=allow_missing).open(parse_source(source), timeout)
+        self._inline: npt.NDArray[Any] | None = None
         self._ticket: bytes | None = None
-        self._metadata = record.metadata
         self.rid = record.rid
         self.layout = record.routes
-        self.tokens, self.start = len(record.rows), record.start
+        self.tokens, self.start = record.tokens, record.start
         self.prompt_tokens = record.prompt_tokens
         self.missing_rows = record.metadata.missing_rows
-
-    def _open_slot(self, source: Ticket | str, arena: str | None, timeout: float) -> None:
-        self._inline = None
-        deadline = time.monotonic() + timeout
-        pause = _BACKOFF_FIRST
-        by_ticket = isinstance(source, Ticket)
-        attached = _attach_ticket(source, arena) if isinstance(source, Ticket) else None
-        while True:
-            opened: bool | None
-            if isinstance(source, Ticket):
-                assert attached is not None
-                opened = self._try_slot(attached, source.slot, source.generation, source.rid)
-            else:
-                opened = self._try_rid(source, arena)
-            if opened:
-                break
-            if time.monotonic() >= deadline:
-                raise timed_out(source, arena, timeout, in_flight=by_ticket or opened is None)
-            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-            pause = min(2 * pause, _BACKOFF_LAST)
-        if isinstance(source, Ticket):
-            self._check_ticket(source)
-
-    def _try_rid(self, rid: str, arena: str | None) -> bool | None:
-        """True: open. None: in flight, wait. False: unknown so far."""
-        wanted = rid_hash(rid)
-        for _time, generation, slot, attached in candidates(wanted, arena):
-            try:
-                if self._try_slot(attached, slot, generation, rid):
-                    return True
-            except _OtherRid:
-                continue
-            except (RouteFailed, RouteGone):
-                if wanted == int(attached.memory.hashes[slot]) and generation == life_of(
-                    attached, slot
-                ):
-                    raise
-                # The slot went on to another record while we looked: look again.
-            return None
-        return False
-
-    def _try_slot(self, attached: AttachedArena, slot: int, generation: int, rid: str) -> bool:
-        """Open the slot if it holds this generation sealed; False while it is in flight."""
-        memory = attached.memory
-        if slot >= memory.description.slots:
-            raise InvalidTicket(f"slot {slot} of an arena with {memory.description.slots}")
-        lease = HeldLease(attached.leases, slot)
-        try:
-            leased = lease.try_acquire()
-        except FileNotFoundError as error:
-            raise RouteGone(f"rid {rid!r}: its arena {attached.segment.data} is gone") from error
-        word = int(memory.words[slot])
-        if not leased:
-            if word | 1 > generation + 1:
-                raise ended(attached, slot, generation, rid)
-            return False
-        try:
-            if word == generation + 1:
-                raise WriterDied(
-                    f"rid {rid!r}: the engine (pid {memory.description.writer.pid}) died before "
-                    "it sealed this record: run the request again"
-                )
-            if word != generation or int(memory.acknowledgements[slot]) == generation:
-                raise ended(attached, slot, generation, rid)
-            self._take(attached, lease, slot, rid)
-        except BaseException:
-            if self._rows is None:
-                lease.drop()  # now: a traceback would keep it
-            raise
-        return True
-
-    def _take(self, attached: AttachedArena, lease: HeldLease, slot: int, rid: str) -> None:
-        """Check the record under its lease and make it this reader's."""
-        memory = attached.memory
-        row = memory.row(slot)
-        routes = memory.description.routes
-        _check_bounds(row, memory, slot)
-        at = row.metadata_offset
-        try:
-            metadata = Metadata.unpack(bytes(memory.heap[at : at + row.metadata_bytes]), row.tokens)
-        except ValueError as error:
-            raise LayoutMismatch(f"slot {slot} of {attached.segment.data}: {error}") from error
-        if metadata.rid != rid:
-            raise _OtherRid(f"slot {slot} holds rid {metadata.rid!r}, not {rid!r}")
-        self.rid = rid
-        self.layout = routes
-        self.tokens, self.start = row.tokens, row.start
-        self.prompt_tokens = row.prompt_tokens
-        self.missing_rows = metadata.missing_rows
-        self._row, self._slot = row, slot
-        self._metadata = metadata
-        self._ticket = None
-        self._arena = attached
-        shape = (row.tokens, *routes.row_shape)
-        self._rows = views.LeasedRows(attached, lease, row.extent_offset, shape, routes.dtype)
-
-    def _check_ticket(self, ticket: Ticket) -> None:
-        here = (self.start, self.tokens, *self.layout.row_shape, self.layout.dtype_name)
-        said = (ticket.start, ticket.tokens, ticket.layers, ticket.top_k, ticket.dtype)
-        if here != said:
-            self.close()
-            raise InvalidTicket(
-                f"rid {self.rid!r}: the ticket speaks of (start, tokens, layers, top_k, dtype) "
-                f"{said}, the record has {here}"
-            )
-
-    def _incomplete(self) -> str:
-        return (
-            f"rid {self.rid!r} misses {self.missing_rows} of {self.tokens} rows "
-            f"(row ranges {list(self.missing[:4])}...): drop the sample, or open it with "
-            "allow_missing=True and mask those rows"
-        )
+        if isinstance(record, InlineRecord):
+            self._inline = record.rows
+        else:
+            self._row, self._slot = record.row, record.slot
+            self._arena, self._rows = record.rows.arena, record.rows
+        self._metadata = record.metadata
 
     # -- what the record says --------------------------------------------------------------
 
@@ -410,37 +257,3 @@ class ShmRouteReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-class _OtherRid(InvalidTicket):
-    """The slot holds another rid: the next candidate when searching, an error for a ticket."""
-
-
-def _attach_ticket(ticket: Ticket, arena: str | None) -> AttachedArena:
-    if ticket.boot_id != segments.boot_id():
-        raise NotOnThisNode(
-            f"rid {ticket.rid!r} lies on node {ticket.host!r} (boot {ticket.boot_id}), this is "
-            f"{segments.host_name()!r} (boot {segments.boot_id()}): read it there"
-        )
-    if arena not in (None, ticket.segment.arena, ticket.segment.base):
-        raise InvalidTicket(
-            f"rid {ticket.rid!r}: the ticket is of arena {ticket.segment.arena!r}, not {arena!r}"
-        )
-    return attach(ticket.segment)
-
-
-def _check_bounds(row: SlotRow, memory: ArenaMemory, slot: int) -> None:
-    description = memory.description
-    rows_end = row.extent_offset + row.tokens * description.routes.row_bytes
-    metadata_end = row.metadata_offset + row.metadata_bytes
-    fits = (
-        1 <= row.tokens < layout.MAX_TOKENS
-        and row.extent_offset % layout.EXTENT_ALIGN == 0
-        and rows_end <= row.metadata_offset
-        and metadata_end <= row.extent_offset + row.extent_bytes <= len(memory.heap)
-        and row.missing_rows <= row.tokens
-    )
-    if not fits:
-        raise LayoutMismatch(
-            f"slot {slot} of arena {description.arena_id.hex()} points outside its extent: {row}"
-        )

@@ -24,16 +24,18 @@ On a GPU all of it runs on the current stream. Leases are kept by ``inflight``.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
 
 from . import inflight, views
+from .attached import AttachedArena
 from .layout import RouteLayout
 from .selection import Run
 
@@ -82,60 +84,81 @@ def pack(
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    word, columns = _in_words(runs, layout)
-    words = (tokens, _width(columns))
+    word, width, columns = _in_words(tuple(runs), layout)
     if device.type == "cpu":
-        packed = torch.empty(words, dtype=word)
-        for _, source, place in _placed(records, word):
-            _copy(source, columns, packed[place])
+        packed = torch.empty((tokens, _width(columns)), dtype=word)
+        for _, source, target in _placed(records, width, packed):
+            _copy(source, columns, target)
     else:
-        with torch.cuda.device(device):
-            packed = _gather(records, columns, torch.empty(words, dtype=word, device=device))
+        with torch.cuda.device(device.index):
+            packed = torch.empty((tokens, _width(columns)), dtype=word, device=device)
+            _gather(records, width, columns, packed)
     return _widened(packed, layout.dtype.itemsize, dtype).view(tokens, _width(runs), layout.top_k)
 
 
+class _Block(NamedTuple):
+    """Rows of ``width`` words, one behind the other, from a place in a tensor.
+
+    No tensor of its own: ``as_strided`` cuts what is copied out of the whole heap in one call,
+    where making a tensor of each record and then its columns takes five.
+    """
+
+    memory: torch.Tensor
+    first: int
+    rows: int
+    width: int
+
+    def columns(self, first: int, end: int) -> torch.Tensor:
+        """``[rows, end - first]``."""
+        return self.memory.as_strided((self.rows, end - first), (self.width, 1), self.first + first)
+
+    def part(self, first: int, end: int) -> _Block:
+        """Rows ``[first, end)``."""
+        return self._replace(first=self.first + first * self.width, rows=end - first)
+
+
 def _placed(
-    records: Iterable[Rows], word: torch.dtype
-) -> Iterator[tuple[Rows, torch.Tensor, slice]]:
-    """Each record that has rows, its words on the CPU, and where on axis 0 they go."""
+    records: Iterable[Rows], width: int, packed: torch.Tensor
+) -> Iterator[tuple[Rows, _Block, _Block]]:
+    """Each record that has rows, where its words are on the CPU, and where they go."""
+    heaps: dict[AttachedArena, torch.Tensor] = {}
+    word, packed_width = packed.dtype, packed.shape[1]
     first = 0
     for rows in records:
-        source = views.as_tensor(rows)
-        end = first + source.shape[0]
-        if end > first:
-            yield rows, source.view(end - first, -1).view(word), slice(first, end)
-        first = end
+        if isinstance(rows, views.LeasedRows):
+            heap = heaps.get(rows.arena)
+            if heap is None:
+                heap = heaps[rows.arena] = views.heap_as_tensor(rows.arena).view(word)
+            source = _Block(heap, rows.offset // word.itemsize, rows.tokens, width)
+        else:
+            source = _Block(_words_of(rows, word), 0, len(rows), width)
+        if source.rows:
+            yield rows, source, _Block(packed, first * packed_width, source.rows, packed_width)
+        first += source.rows
 
 
-def _copy(source: torch.Tensor, columns: Sequence[Run], target: torch.Tensor) -> None:
+def _words_of(rows: npt.NDArray[Any], word: torch.dtype) -> torch.Tensor:
+    tensor: torch.Tensor = views.as_tensor(rows)
+    return tensor.view(-1).view(word)
+
+
+def _copy(source: _Block, columns: Sequence[Run], target: _Block) -> None:
     """Copy columns of words; asynchronous where the two lie in memory that allows it."""
     for to, first, end in columns:
-        target[:, to : to + end - first].copy_(source[:, first:end], non_blocking=True)
+        there = target.columns(to, to + end - first)
+        there.copy_(source.columns(first, end), non_blocking=True)
 
 
-def _gather(records: Iterable[Rows], columns: Sequence[Run], packed: torch.Tensor) -> torch.Tensor:
-    """Queue the copies that fill a tensor of words on the current device."""
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "routes cannot be read while a CUDA graph is captured: its replays would read "
-            "records whose leases have ended. Read them before, into a tensor of the graph's"
-        )
-    kept: list[Any] = []
-    try:
-        for rows, words, place in _placed(records, packed.dtype):
-            _send(rows, words, columns, packed[place], kept)
-    finally:
-        if kept:  # also when a later record failed: the earlier copies are under way
-            inflight.hold(torch.cuda.current_stream(), kept)
-    return packed
-
-
-def _in_words(runs: Sequence[Run], layout: RouteLayout) -> tuple[torch.dtype, tuple[Run, ...]]:
-    """The widest word that rows and runs are whole numbers of, and the runs counted in it."""
+@functools.lru_cache(maxsize=64)
+def _in_words(
+    runs: tuple[Run, ...], layout: RouteLayout
+) -> tuple[torch.dtype, int, tuple[Run, ...]]:
+    """The widest word that rows and runs are whole numbers of; a row and the runs counted in it."""
     layer_bytes = layout.top_k * layout.dtype.itemsize
     in_bytes = [Run(*(layer_bytes * position for position in run)) for run in runs]
     size = math.gcd(8, layout.row_bytes, *(place for run in in_bytes for place in run))
-    return _WORDS[size], tuple(Run(*(place // size for place in run)) for run in in_bytes)
+    columns = tuple(Run(*(place // size for place in run)) for run in in_bytes)
+    return _WORDS[size], layout.row_bytes // size, columns
 
 
 def _width(runs: Sequence[Run]) -> int:
@@ -143,21 +166,52 @@ def _width(runs: Sequence[Run]) -> int:
     return last.to + last.end - last.first
 
 
-def _send(
-    rows: Rows,
-    words: torch.Tensor,
-    columns: Sequence[Run],
-    target: torch.Tensor,
-    kept: list[Any],
+def _gather(
+    records: Iterable[Rows], width: int, columns: Sequence[Run], packed: torch.Tensor
 ) -> None:
-    if not isinstance(rows, views.LeasedRows) or not rows.arena.page_locked(target.device.index):
-        _bounce.send(words, columns, target)
-        return
-    kept.append(rows)
-    if target.shape == words.shape and len(columns) == 1:
-        target.copy_(words, non_blocking=True)
-    else:
-        _copy(_as_seen_by_gpu(words, target.device), columns, target)
+    """Queue the copies that fill a tensor of words on the current device."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "routes cannot be read while a CUDA graph is captured: its replays would read "
+            "records whose leases have ended. Read them before, into a tensor of the graph's"
+        )
+    whole = len(columns) == 1 and packed.shape[1] == width
+    ways: dict[AttachedArena, torch.Tensor | None] = {}
+    kept: list[Any] = []
+    try:
+        for rows, source, target in _placed(records, width, packed):
+            reachable = None
+            if isinstance(rows, views.LeasedRows):
+                if rows.arena not in ways:
+                    ways[rows.arena] = _reachable(rows.arena, source.memory, packed.device, whole)
+                reachable = ways[rows.arena]
+            if reachable is None:
+                _bounce.send(source, columns, target)
+            else:
+                kept.append(rows)
+                _copy(source._replace(memory=reachable), columns, target)
+    finally:
+        if kept:  # also when a later record failed: the earlier copies are under way
+            inflight.hold(torch.cuda.current_stream(), kept)
+
+
+def _reachable(
+    arena: AttachedArena, heap: torch.Tensor, device: torch.device, whole: bool
+) -> torch.Tensor | None:
+    """The heap as what copies to the GPU can read by themselves, or None.
+
+    For whole rows that is the heap on the CPU, for the copy engine; for some layers the same
+    memory as a CUDA tensor, for a kernel.
+    """
+    if not arena.page_locked(device.index):
+        return None
+    if whole:
+        return heap
+    # An older torch takes it for memory of the device that it was locked through, and would
+    # copy it, now, to another device.
+    if _as_seen_by_gpu(heap[:1], device).data_ptr() != heap.data_ptr():
+        return None
+    return _as_seen_by_gpu(heap, device)
 
 
 def _as_seen_by_gpu(words: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -198,26 +252,25 @@ class _Bounce:
         self._emptied: list[torch.cuda.Event | None] = [None, None]
         self._next = 0
 
-    def send(self, words: torch.Tensor, columns: Sequence[Run], target: torch.Tensor) -> None:
-        """Fill ``target [rows, width]`` with columns of ``words``, which is free on return."""
-        rows_at_once = _PIECE_BYTES // (target.shape[1] * target.dtype.itemsize)
+    def send(self, source: _Block, columns: Sequence[Run], target: _Block) -> None:
+        """Fill the target with columns of the source, which is free on return."""
+        rows_at_once = _PIECE_BYTES // (target.width * target.memory.dtype.itemsize)
         with self._turn:
-            for first in range(0, len(words), rows_at_once):
-                place = slice(first, first + rows_at_once)
-                self._send_piece(words[place], columns, target[place])
+            for first in range(0, source.rows, rows_at_once):
+                end = min(first + rows_at_once, source.rows)
+                self._send_piece(source.part(first, end), columns, target.part(first, end))
 
-    def _send_piece(
-        self, words: torch.Tensor, columns: Sequence[Run], target: torch.Tensor
-    ) -> None:
+    def _send_piece(self, source: _Block, columns: Sequence[Run], target: _Block) -> None:
         if not self._pieces:
             self._pieces = [_piece(), _piece()]
         index, self._next = self._next, 1 - self._next
         emptied = self._emptied[index]
         if emptied is not None:
             emptied.synchronize()
-        piece = self._pieces[index].view(target.dtype)[: target.numel()].view(target.shape)
-        _copy(words, columns, piece)
-        target.copy_(piece, non_blocking=True)
+        piece = target._replace(memory=self._pieces[index].view(target.memory.dtype), first=0)
+        _copy(source, columns, piece)
+        there = target.columns(0, target.width)
+        there.copy_(piece.columns(0, target.width), non_blocking=True)
         self._emptied[index] = torch.cuda.current_stream().record_event()
 
 

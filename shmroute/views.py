@@ -7,7 +7,6 @@ of every array, slice and tensor made of them. The lease drops when the last is 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,30 +14,37 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from .attached import AttachedArena
-    from .leases import HeldLease
+    from .leases import HeldLeases
 
 
 class LeasedRows:
-    """Owner of one lease and of the rows under it, for NumPy's array interface."""
+    """Rows ``[tokens, moe_layers, top_k]`` in an arena's heap and the lease that keeps them, for
+    NumPy's array interface.
+    """
 
-    __slots__ = ("__array_interface__", "__weakref__", "_lease", "address", "arena", "nbytes")
+    __slots__ = ("__weakref__", "_lease", "arena", "offset", "tokens")
 
-    def __init__(
-        self,
-        arena: AttachedArena,
-        lease: HeldLease,
-        offset: int,
-        shape: tuple[int, ...],
-        dtype: np.dtype[Any],
-    ) -> None:
+    def __init__(self, arena: AttachedArena, lease: HeldLeases, offset: int, tokens: int) -> None:
         self.arena = arena  # keeps the mapping
         self._lease = lease
-        self.address = arena.memory.heap_address + offset
-        self.nbytes = math.prod(shape) * dtype.itemsize
-        self.__array_interface__ = {
+        self.offset = offset
+        self.tokens = tokens
+
+    @property
+    def address(self) -> int:
+        return self.arena.memory.heap_address + self.offset
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.arena.memory.description.routes.row_bytes
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        routes = self.arena.memory.description.routes
+        return {
             "version": 3,
-            "shape": shape,
-            "typestr": dtype.str,
+            "shape": (self.tokens, *routes.row_shape),
+            "typestr": routes.dtype.str,
             "data": (self.address, True),  # True: read-only
         }
 
@@ -123,17 +129,36 @@ def as_tensor(rows: LeasedRows | npt.NDArray[Any]) -> Any:
     torch has no read-only tensors: writing into this one is a segmentation fault. Nothing
     is copied. ``uint16`` rows need torch >= 2.3.
     """
+    return _tensor(rows, rows.__array_interface__)
+
+
+def heap_as_tensor(arena: AttachedArena) -> Any:
+    """``uint8 [whole words of 8 bytes]`` over an arena's heap, from which rows are copied.
+
+    It keeps the mapping and no lease; what is written above goes for it, too.
+    """
+    memory = arena.memory
+    return _tensor(
+        memory,
+        {
+            "version": 3,
+            "shape": (len(memory.heap) & -8,),
+            "typestr": "|u1",
+            "data": (memory.heap_address, False),
+        },
+    )
+
+
+def _tensor(owner: Any, interface: dict[str, Any]) -> Any:
     import torch
 
-    writable: npt.NDArray[Any] = np.asarray(_Writable(rows))
+    writable: npt.NDArray[Any] = np.asarray(_Writable(owner, interface))
     return torch.from_numpy(writable)
 
 
 class _Writable:
-    """The same rows without the read-only mark, which torch would only warn about."""
+    """The same memory without the read-only mark, which torch would only warn about."""
 
-    def __init__(self, rows: LeasedRows | npt.NDArray[Any]) -> None:
-        self._rows = rows
-        interface: dict[str, Any] = dict(rows.__array_interface__)
-        interface["data"] = (interface["data"][0], False)
-        self.__array_interface__ = interface
+    def __init__(self, owner: Any, interface: dict[str, Any]) -> None:
+        self._owner = owner
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}

@@ -17,6 +17,7 @@ from shmroute import (
     release,
 )
 from shmroute.memory import rid_hash
+from shmroute.opening import Opener
 
 
 def test_an_unknown_rid_is_route_not_found_after_the_timeout(arena):
@@ -172,14 +173,14 @@ def test_a_reader_that_looks_while_the_slot_goes_on_does_not_get_another_s_failu
     arena = make_arena(slots=1)
     arena.reserve("failed", tokens=1).fail("not yours")
     arena.memory.hashes[0] = rid_hash("r")  # reserve wrote the hash, not yet the word
-    original = ShmRouteReader._try_slot
+    original = Opener._try_slot
 
     def late(self, *arguments):
         if not arena.memory.words[0]:
             add(arena, "r")
         return original(self, *arguments)
 
-    monkeypatch.setattr(ShmRouteReader, "_try_slot", late)
+    monkeypatch.setattr(Opener, "_try_slot", late)
     with ShmRouteReader("r", arena=arena.name) as routes:
         assert is_intact(routes)
 

@@ -413,4 +413,4 @@ def test_slots_that_late_readers_look_at_do_not_hide_those_behind_them(freed):
         assert looking.try_acquire(slot)
     assert freed.reserve("r", tokens=1).slot not in busy
     for slot in busy:
-        looking.drop(slot)
+        looking.drop([slot])
