@@ -47,6 +47,8 @@ def test_neighbours_end_together_and_nobody_else(leases, taken_by_readers):
     leases.drop(ending)
     assert taken_by_readers() == held - set(ending)
     assert leases.held() == len(held) - len(ending)
+    leases.drop(held - set(ending))
+    assert taken_by_readers() == set()
 
 
 def test_a_slot_that_was_leased_twice_ends_with_the_second_drop(leases, taken_by_readers):
@@ -72,6 +74,8 @@ def test_any_order_of_takes_and_drops_leaves_what_is_held(leases, taken_by_reade
             if not held[slot]:
                 del held[slot]
         assert taken_by_readers() == set(held)
+    leases.drop([slot for slot, count in held.items() for _ in range(count)])
+    assert taken_by_readers() == set()
 
 
 def test_held_leases_end_with_their_owner(leases, taken_by_readers):
