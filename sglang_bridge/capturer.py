@@ -77,6 +77,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         self.device_cache.buffer.fill_(-1)
         # Ranks of DP attention capture each other's tokens, too.
         self._shared_buffer = is_dp_attention_enabled()
+        self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
         self._num_tokens = num_tokens
         if _is_owner():
@@ -149,7 +150,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
         if self.publisher is None:
             return
         tokens = forward_batch.input_ids
-        if forward_batch.contains_mm_inputs():
+        # The second question looks at every request of the batch.
+        if self._multimodal and forward_batch.contains_mm_inputs():
             tokens = tokens.clone()
         number = self.publisher.gatherer.forward_begins()
         locations = kv_locations(forward_batch)
@@ -190,11 +192,12 @@ class ArenaCapturer(RoutedExpertsCapturer):
             if len(captured) < count:
                 # Locations without new rows would keep a former occupant's, tags and all.
                 raise RuntimeError(f"{len(captured)} rows were captured for {count} tokens")
+            padded = len(entry.locations) != count or len(entry.positions) != count
             self.table.scatter(
-                captured[:count],
-                entry.locations[:count],
+                captured if len(captured) == count else captured[:count],
+                entry.locations[:count] if padded else entry.locations,
                 entry.tokens,
-                entry.positions[:count],
+                entry.positions[:count] if padded else entry.positions,
                 self.epochs.mark_used(),
             )
         except Exception:

@@ -148,6 +148,7 @@ ATTRIBUTES = {
         *(() if _OLDER else ("is_draft",)),
     ),
     "sglang.srt.model_executor.model_runner.ModelRunner": ("is_draft_worker",),
+    "sglang.srt.configs.model_config.ModelConfig": ("is_multimodal",),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
         "input_ids",

@@ -30,9 +30,13 @@ def version() -> str:
 
 
 def is_older() -> bool:
-    """Whether this SGLang has the form of 0.5.17."""
-    numbers = [int(number) for number in re.findall(r"\d+", version())[:3]]
-    return numbers < [0, 5, 23]
+    """Whether this SGLang has the form of 0.5.17. Asked at every request and step."""
+    return _has_older_form(version())
+
+
+@functools.cache
+def _has_older_form(number: str) -> bool:
+    return [int(part) for part in re.findall(r"\d+", number)[:3]] < [0, 5, 23]
 
 
 class _WithLaterArguments:
