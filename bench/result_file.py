@@ -63,7 +63,8 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "gpu": _gpu(),
+        "gpu": _gpu("name"),
+        "driver": _gpu("driver_version"),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": _version("torch"),
@@ -149,9 +150,10 @@ def _cpu_model() -> str:
     return platform.machine()
 
 
-def _gpu() -> str | None:
-    names = _output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
-    return names.splitlines()[0] if names else None
+def _gpu(what: str) -> str | None:
+    """A property of the first GPU, None without one."""
+    said = _output(["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader"])
+    return said.splitlines()[0] if said else None
 
 
 def _version(distribution: str) -> str | None:
