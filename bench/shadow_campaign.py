@@ -303,14 +303,14 @@ CASES: dict[str, Case] = {
         rows=10_000,
         faults=("copy-error",),
     ),
-    "tp2": Case("tp_size=2", _qwen, mixed, {**_SMALL, "tp_size": 2}, rows=80_000),
-    "dp2-attention": Case(
-        "tp_size=2, dp_size=2, DP attention",
+    "prefill-graph": Case(
+        "prefill CUDA graphs",
         _qwen,
         mixed,
-        {**_SMALL, "tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+        {**_SMALL, "disable_prefill_cuda_graph": False, "cuda_graph_bs_prefill": [64, 256, 512]},
         rows=80_000,
     ),
+    "tp2": Case("tp_size=2", _qwen, mixed, {**_SMALL, "tp_size": 2}, rows=80_000),
 }
 
 

@@ -53,11 +53,7 @@ REFUSALS = (
         ),
         "routes are gathered inside it (--disable-flashinfer-cutlass-moe-fp4-allgather)",
     ),
-    Refusal(
-        "DP attention on a CPU engine",
-        lambda a: a.device == "cpu" and (a.enable_dp_attention or a.attn_dp_size > 1),
-        _UNTESTED,
-    ),
+    Refusal("DP attention", lambda a: a.enable_dp_attention or a.attn_dp_size > 1, _UNTESTED),
     Refusal("DWDP", lambda a: a.dwdp_size > 1, _UNTESTED),
     Refusal("hierarchical cache", lambda a: a.enable_hierarchical_cache, _KV_WITHOUT_FORWARD),
     Refusal("LMCache", lambda a: a.enable_lmcache, _KV_WITHOUT_FORWARD),

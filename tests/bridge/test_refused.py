@@ -35,7 +35,7 @@ ON: dict[str, list[dict[str, Any]]] = {
         }
         for parallel in ({"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2})
     ],
-    "DP attention on a CPU engine": [
+    "DP attention": [
         {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2},
         {"attn_dp_size": 2, "tp_size": 2},
     ],
