@@ -15,9 +15,9 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgpack
 import numpy as np
@@ -37,10 +37,13 @@ _HOST_BYTES = 27
 _SEGMENT_NAME_MAX = 128  # more than any segment's name has
 RID_BYTES_MAX = 4096
 _FIELDS_OF_A_RECORD = 6
+_TICKET_FIELDS, _TOKENS_FIELD = 13, 8
 _PACKED_COMPLETE = {complete: msgpack.packb(complete) for complete in (None, False, True)}
 _NO_PAD, _PAD = msgpack.packb(b""), msgpack.packb(b"\0")
 _DTYPES = {"uint8": 1, "uint16": 2}
 _DTYPE_NAMES = {number: dtype for dtype, number in _DTYPES.items()}
+
+_Decoded = TypeVar("_Decoded")
 
 
 class Ticket(NamedTuple):
@@ -176,6 +179,21 @@ def failed_ticket(rid: str, reason: str) -> bytes:
     return _envelope(_FAILED, [rid, reason[:400]])
 
 
+class SkimmedTicket(NamedTuple):
+    """A ticket of which nothing but the number of rows is checked.
+
+    A batch needs that number of all its tickets before it begins to copy. Checking the rest
+    takes longer, and is done while the record before is copied.
+    """
+
+    tokens: int
+    body: Any
+
+    def ticket(self) -> Ticket:
+        """Check the rest."""
+        return _checked(_decode_ticket, self.body)
+
+
 def decode(envelope: bytes | bytearray | memoryview) -> Ticket | InlineRecord:
     """Decode an envelope.
 
@@ -186,6 +204,11 @@ def decode(envelope: bytes | bytearray | memoryview) -> Ticket | InlineRecord:
     RouteFailed
         The engine says in it why it kept no routes.
     """
+    found = _skim(envelope)
+    return found.ticket() if isinstance(found, SkimmedTicket) else found
+
+
+def _skim(envelope: bytes | bytearray | memoryview) -> SkimmedTicket | InlineRecord:
     try:
         fields = msgpack.unpackb(envelope, max_map_len=0, max_ext_len=0)
         magic, version, kind, body, _pad = fields
@@ -200,21 +223,35 @@ def decode(envelope: bytes | bytearray | memoryview) -> Ticket | InlineRecord:
             f"ticket version {version!r}, this shmroute reads {_VERSION}: install the same "
             "shmroute release in the engine and the trainer"
         )
+    if kind == _TICKET:
+        return _checked(_skimmed, body)
+    if kind == _INLINE:
+        return _checked(_decode_inline, body)
+    if kind == _FAILED:
+        raise _checked(_failure, body)
+    raise InvalidTicket(f"ticket of unknown kind {kind!r}")
+
+
+def _checked(decoded: Callable[[Any], _Decoded], body: Any) -> _Decoded:
     try:
-        if kind == _TICKET:
-            return _decode_ticket(body)
-        if kind == _INLINE:
-            return _decode_inline(body)
-        if kind == _FAILED:
-            rid, reason = body
-            raise RouteFailed(
-                f"rid {_rid(rid)!r}: the engine kept no routes: {_typed(reason, str, 'reason')}"
-            )
+        return decoded(body)
     except InvalidTicket:
         raise
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise InvalidTicket(f"a ticket with impossible fields: {error}") from error
-    raise InvalidTicket(f"ticket of unknown kind {kind!r}")
+
+
+def _skimmed(body: Any) -> SkimmedTicket:
+    if len(body) != _TICKET_FIELDS:
+        raise InvalidTicket(f"a ticket of {len(body)} fields, not {_TICKET_FIELDS}")
+    return SkimmedTicket(_tokens(body[_TOKENS_FIELD]), body)
+
+
+def _failure(body: Any) -> RouteFailed:
+    rid, reason = body
+    return RouteFailed(
+        f"rid {_rid(rid)!r}: the engine kept no routes: {_typed(reason, str, 'reason')}"
+    )
 
 
 def _decode_ticket(body: Any) -> Ticket:
@@ -234,7 +271,7 @@ def _decode_ticket(body: Any) -> Ticket:
         generation,
         _rid(rid),
         _bounded(start, 0, MAX_TOKENS, "start"),
-        _bounded(tokens, 1, MAX_TOKENS, "tokens"),
+        _tokens(tokens),
         layers,
         top_k,
         dtype,
@@ -310,6 +347,10 @@ def _bounded(value: Any, low: int, high: int, what: str) -> int:
     return value
 
 
+def _tokens(tokens: Any) -> int:
+    return _bounded(tokens, 1, MAX_TOKENS, "tokens")
+
+
 def _rid(rid: Any) -> str:
     if len(_typed(rid, str, "rid")) > RID_BYTES_MAX:
         raise InvalidTicket(f"the ticket's rid has {len(rid)} characters")
@@ -333,13 +374,19 @@ def parse_source(source: Any) -> Ticket | InlineRecord | str:
     A response is SGLang's output with ``meta_info``, a ``meta_info`` by itself, an OpenAI
     response with ``sglext``, or ``sglext`` by itself.
     """
+    found = skim_source(source)
+    return found.ticket() if isinstance(found, SkimmedTicket) else found
+
+
+def skim_source(source: Any) -> SkimmedTicket | Ticket | InlineRecord | str:
+    """``parse_source`` without the check of a ticket's fields."""
     if isinstance(source, _ENVELOPE_TYPES):
-        return decode(source)
+        return _skim(source)
     if isinstance(source, _DECODED_TYPES):
         return source
     if isinstance(source, str):
         if looks_like_ticket(source):
-            return _decode_text(source)
+            return _skim_text(source)
         if len(source) > RID_BYTES_MAX:
             raise InvalidTicket(
                 f"a text of {len(source)} characters is neither a rid nor a ticket; are these "
@@ -347,7 +394,7 @@ def parse_source(source: Any) -> Ticket | InlineRecord | str:
             )
         return source
     if isinstance(source, Mapping):
-        return _decode_text(_carried(source))
+        return _skim_text(_carried(source))
     raise InvalidTicket(f"a {type(source).__name__} is no rid, ticket or response")
 
 
@@ -362,11 +409,11 @@ def _carried(response: Mapping[str, Any]) -> str:
     return text
 
 
-def _decode_text(text: str) -> Ticket | InlineRecord:
+def _skim_text(text: str) -> SkimmedTicket | InlineRecord:
     try:
         envelope = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidTicket(
             f"routed_experts holds no base64 of a ticket ({error}): {text[:24]!r}"
         ) from error
-    return decode(envelope)
+    return _skim(envelope)

@@ -87,7 +87,7 @@ def pack(
     word, width, columns = _in_words(tuple(runs), layout)
     if device.type == "cpu":
         packed = torch.empty((tokens, _width(columns)), dtype=word)
-        for _, source, target in _placed(records, width, packed):
+        for _, source, target in _placed(records, width, packed, _Heaps(word)):
             _copy(source, columns, target)
     else:
         with torch.cuda.device(device.index):
@@ -118,23 +118,59 @@ class _Block(NamedTuple):
 
 
 def _placed(
-    records: Iterable[Rows], width: int, packed: torch.Tensor
+    records: Iterable[Rows], width: int, packed: torch.Tensor, heaps: _Heaps
 ) -> Iterator[tuple[Rows, _Block, _Block]]:
-    """Each record that has rows, where its words are on the CPU, and where they go."""
-    heaps: dict[AttachedArena, torch.Tensor] = {}
+    """Each record that has rows, where its words are, and where they go."""
     word, packed_width = packed.dtype, packed.shape[1]
-    first = 0
+    at = 0
     for rows in records:
         if isinstance(rows, views.LeasedRows):
-            heap = heaps.get(rows.arena)
-            if heap is None:
-                heap = heaps[rows.arena] = views.heap_as_tensor(rows.arena).view(word)
-            source = _Block(heap, rows.offset // word.itemsize, rows.tokens, width)
+            heap, first = heaps[rows.arena], rows.offset // word.itemsize
+            source = _Block(heap, first, rows.tokens, width)
         else:
             source = _Block(_words_of(rows, word), 0, len(rows), width)
         if source.rows:
-            yield rows, source, _Block(packed, first * packed_width, source.rows, packed_width)
-        first += source.rows
+            yield rows, source, _Block(packed, at, source.rows, packed_width)
+        at += source.rows * packed_width
+
+
+class _Heaps(dict[AttachedArena, torch.Tensor]):
+    """A tensor of words over the heap of each arena, made when it is first asked for."""
+
+    def __init__(self, word: torch.dtype) -> None:
+        self._word = word
+
+    def __missing__(self, arena: AttachedArena) -> torch.Tensor:
+        heap: torch.Tensor = views.heap_as_tensor(arena).view(self._word)
+        self[arena] = heap
+        return heap
+
+
+class _HeapsForGpu(_Heaps):
+    """The same, as copies to a GPU can read them, where they can.
+
+    For whole rows that is the memory on the CPU, for the copy engine; for some layers the same
+    memory as a CUDA tensor, for a kernel.
+    """
+
+    def __init__(self, word: torch.dtype, device: torch.device, *, whole_rows: bool) -> None:
+        super().__init__(word)
+        self._device = device
+        self._whole_rows = whole_rows
+        self.reachable: set[AttachedArena] = set()
+
+    def __missing__(self, arena: AttachedArena) -> torch.Tensor:
+        heap = super().__missing__(arena)
+        if not arena.page_locked(self._device.index):
+            return heap
+        if not self._whole_rows:
+            # An older torch takes it for memory of the device that it was locked through, and
+            # would copy it, now, to another device.
+            if _as_seen_by_gpu(heap[:1], self._device).data_ptr() != heap.data_ptr():
+                return heap
+            heap = self[arena] = _as_seen_by_gpu(heap, self._device)
+        self.reachable.add(arena)
+        return heap
 
 
 def _words_of(rows: npt.NDArray[Any], word: torch.dtype) -> torch.Tensor:
@@ -175,43 +211,19 @@ def _gather(
             "routes cannot be read while a CUDA graph is captured: its replays would read "
             "records whose leases have ended. Read them before, into a tensor of the graph's"
         )
-    whole = len(columns) == 1 and packed.shape[1] == width
-    ways: dict[AttachedArena, torch.Tensor | None] = {}
+    whole_rows = len(columns) == 1 and packed.shape[1] == width
+    heaps = _HeapsForGpu(packed.dtype, packed.device, whole_rows=whole_rows)
     kept: list[Any] = []
     try:
-        for rows, source, target in _placed(records, width, packed):
-            reachable = None
-            if isinstance(rows, views.LeasedRows):
-                if rows.arena not in ways:
-                    ways[rows.arena] = _reachable(rows.arena, source.memory, packed.device, whole)
-                reachable = ways[rows.arena]
-            if reachable is None:
-                _bounce.send(source, columns, target)
-            else:
+        for rows, source, target in _placed(records, width, packed, heaps):
+            if isinstance(rows, views.LeasedRows) and rows.arena in heaps.reachable:
                 kept.append(rows)
-                _copy(source._replace(memory=reachable), columns, target)
+                _copy(source, columns, target)
+            else:
+                _bounce.send(source, columns, target)
     finally:
         if kept:  # also when a later record failed: the earlier copies are under way
             inflight.hold(torch.cuda.current_stream(), kept)
-
-
-def _reachable(
-    arena: AttachedArena, heap: torch.Tensor, device: torch.device, whole: bool
-) -> torch.Tensor | None:
-    """The heap as what copies to the GPU can read by themselves, or None.
-
-    For whole rows that is the heap on the CPU, for the copy engine; for some layers the same
-    memory as a CUDA tensor, for a kernel.
-    """
-    if not arena.page_locked(device.index):
-        return None
-    if whole:
-        return heap
-    # An older torch takes it for memory of the device that it was locked through, and would
-    # copy it, now, to another device.
-    if _as_seen_by_gpu(heap[:1], device).data_ptr() != heap.data_ptr():
-        return None
-    return _as_seen_by_gpu(heap, device)
 
 
 def _as_seen_by_gpu(words: torch.Tensor, device: torch.device) -> torch.Tensor:
