@@ -242,7 +242,7 @@ def _checked(decoded: Callable[[Any], _Decoded], body: Any) -> _Decoded:
 
 
 def _skimmed(body: Any) -> SkimmedTicket:
-    if len(body) != _TICKET_FIELDS:
+    if len(_typed(body, list, "body")) != _TICKET_FIELDS:
         raise InvalidTicket(f"a ticket of {len(body)} fields, not {_TICKET_FIELDS}")
     return SkimmedTicket(_tokens(body[_TOKENS_FIELD]), body)
 

@@ -193,6 +193,8 @@ def failing(arena, make_arena, records):
     return {
         "gone": (gone.ticket, RouteGone),
         "garbage": (b"garbage", InvalidTicket),
+        # Found when its record's turn comes: until then only its number of rows is looked at.
+        "odd generation": (decode(gone.ticket)._replace(generation=7).encode(), InvalidTicket),
         "unsealed": (arena.reserve("unsealed", tokens=3).ticket, RouteTimeout),
         "incomplete": (add(arena, "holes", missing=[(2, 4)]).ticket, IncompleteRoutes),
         "another model": (add(make_arena(other), "other").ticket, LayoutMismatch),
@@ -207,6 +209,7 @@ def failing(arena, make_arena, records):
     [
         "gone",
         "garbage",
+        "odd generation",
         "unsealed",
         "incomplete",
         "another model",

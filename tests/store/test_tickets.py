@@ -21,7 +21,7 @@ from shmroute import (
 )
 from shmroute.layout import MAX_SLOTS, MAX_TOKENS
 from shmroute.segments import SegmentName, boot_id
-from shmroute.ticket import ArenaTickets, Ticket, decode, failed_ticket
+from shmroute.ticket import ArenaTickets, Ticket, decode, failed_ticket, skim_source
 
 # The largest value of every field, beside a rid of 64 bytes.
 LARGEST = Ticket(
@@ -267,3 +267,12 @@ def test_a_field_of_another_type_is_refused_after_its_equal_was_taken(ticket, fi
     body[field] = value
     with pytest.raises(InvalidTicket):
         decode(msgpack.packb([magic, version, kind, body, pad]))
+
+
+@pytest.mark.parametrize(
+    "body", [[], [1] * 12, [1] * 14, "x" * 13, b"x" * 13, 7, None, [None] * 13]
+)
+def test_a_body_that_is_no_ticket_s_is_refused(body):
+    for read in (decode, skim_source):
+        with pytest.raises(InvalidTicket):
+            read(msgpack.packb(["shmr", 1, 0, body, b""]))
