@@ -4,8 +4,8 @@
 
 What happens
     1 A small random-weight MoE with a tokenizer is made, without a download.
-    2 The real SGLang HTTP server starts with ``--shmroute-arena``, on the CPU (this version
-      refuses a GPU), in shadow mode: it compares every record with SGLang's own host cache.
+    2 The real SGLang HTTP server starts with ``--shmroute-arena``, on the CPU, so that it
+      runs anywhere, in shadow mode: it compares every record with SGLang's own host cache.
     3 Concurrent requests go over HTTP: shared prompt prefixes, two turns, many lengths, one
       prompt long enough for chunked prefill. A second process (``demo_trainer.py``), told
       only rids, reads the routes of each.

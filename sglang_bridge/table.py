@@ -81,7 +81,7 @@ class RouteTable:
         self._layers = torch.tensor(routes.layer_ids, dtype=torch.int64, device=self.device)
         self._every_layer = len(routes.layer_ids) == routes.num_layers
         self._vocabulary = vocabulary
-        self._fused: dict[tuple[int, int], Scatter] = {}
+        self._fused_forms: dict[tuple[int, int], Scatter] = {}
         self.fence: Callable[[], None] = lambda: None
 
     def _new_rows(self) -> torch.Tensor:
@@ -130,10 +130,8 @@ class RouteTable:
             ``[n]``: KV location, token id and position of each row.
         """
         self.fence()
-        if self.device.type == "cuda":
-            self._scatter_fused(captured, locations, tokens, positions, epoch)
-        else:
-            self.scatter_with_torch(captured, locations, tokens, positions, epoch)
+        form = self._fused(captured) if self.device.type == "cuda" else self.scatter_with_torch
+        form(captured, locations, tokens, positions, epoch)
 
     def scatter_with_torch(
         self,
@@ -154,19 +152,13 @@ class RouteTable:
         # A layer that does not capture next time must not show these.
         captured.fill_(-1)
 
-    def _scatter_fused(
-        self,
-        captured: torch.Tensor,
-        locations: torch.Tensor,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        epoch: int,
-    ) -> None:
+    def _fused(self, captured: torch.Tensor) -> Scatter:
+        """The kernel for a capture buffer of these strides."""
         strides = captured.stride(0), captured.stride(1)
-        fused = self._fused.get(strides)
+        fused = self._fused_forms.get(strides)
         if fused is None:
-            fused = self._fused[strides] = self._make_fused(strides)
-        fused(captured, locations, tokens, positions, epoch)
+            fused = self._fused_forms[strides] = self._make_fused(strides)
+        return fused
 
     def _make_fused(self, strides: tuple[int, int]) -> Scatter:
         from .kernels import Scatter  # needs Triton, which not every CPU build has
