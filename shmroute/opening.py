@@ -210,7 +210,7 @@ class Opener:
         return SlotRecord(rows, slot, row, metadata)
 
     def _check_complete(self, metadata: Metadata, tokens: int) -> None:
-        if self._allow_missing or not metadata.missing_rows:
+        if self._allow_missing or not metadata.missing or not metadata.missing_rows:
             return
         raise IncompleteRoutes(
             f"rid {metadata.rid!r} misses {metadata.missing_rows} of {tokens} rows "

@@ -224,7 +224,7 @@ def _skim(envelope: bytes | bytearray | memoryview) -> SkimmedTicket | InlineRec
             "shmroute release in the engine and the trainer"
         )
     if kind == _TICKET:
-        return _checked(_skimmed, body)
+        return _skimmed(body)
     if kind == _INLINE:
         return _checked(_decode_inline, body)
     if kind == _FAILED:
@@ -244,7 +244,7 @@ def _checked(decoded: Callable[[Any], _Decoded], body: Any) -> _Decoded:
 def _skimmed(body: Any) -> SkimmedTicket:
     if len(_typed(body, list, "body")) != _TICKET_FIELDS:
         raise InvalidTicket(f"a ticket of {len(body)} fields, not {_TICKET_FIELDS}")
-    return SkimmedTicket(_tokens(body[_TOKENS_FIELD]), body)
+    return SkimmedTicket(_bounded(body[_TOKENS_FIELD], 1, MAX_TOKENS, "tokens"), body)
 
 
 def _failure(body: Any) -> RouteFailed:
@@ -271,7 +271,7 @@ def _decode_ticket(body: Any) -> Ticket:
         generation,
         _rid(rid),
         _bounded(start, 0, MAX_TOKENS, "start"),
-        _tokens(tokens),
+        _bounded(tokens, 1, MAX_TOKENS, "tokens"),
         layers,
         top_k,
         dtype,
@@ -345,10 +345,6 @@ def _bounded(value: Any, low: int, high: int, what: str) -> int:
     if type(value) is not int or not low <= value <= high:
         raise InvalidTicket(f"the ticket's {what} is {value!r:.40}, not within [{low}, {high}]")
     return value
-
-
-def _tokens(tokens: Any) -> int:
-    return _bounded(tokens, 1, MAX_TOKENS, "tokens")
 
 
 def _rid(rid: Any) -> str:
