@@ -189,9 +189,12 @@ class ArenaCapturer(RoutedExpertsCapturer):
             if entry is None:
                 raise RuntimeError("a forward ended whose beginning was not seen")
             count = len(entry.tokens)
-            if len(captured) < count:
+            lengths = len(captured), len(entry.locations), len(entry.positions)
+            if min(lengths) < count:
                 # Locations without new rows would keep a former occupant's, tags and all.
-                raise RuntimeError(f"{len(captured)} rows were captured for {count} tokens")
+                raise RuntimeError(
+                    f"{lengths} rows captured, locations and positions for {count} tokens"
+                )
             padded = len(entry.locations) != count or len(entry.positions) != count
             self.table.scatter(
                 captured if len(captured) == count else captured[:count],
@@ -204,10 +207,17 @@ class ArenaCapturer(RoutedExpertsCapturer):
             # The KV of this forward was written, its routes were not: every tag is in doubt.
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")
             publisher.counters.add("hook_errors")
-            self.table.forget()
-            captured.fill_(-1)
+            self._forget(captured)
         if self._shared_buffer:
             self.device_cache.buffer.fill_(-1)
+
+    def _forget(self, captured: torch.Tensor) -> None:
+        try:
+            self.table.forget()
+            captured.fill_(-1)
+        except Exception:
+            # A device that does not even do this ends the engine by itself.
+            logger.exception("shmroute: the route table could not be declared invalid")
 
     def weights_change(self, label: str | None) -> None:
         """Weights begin to change; rows from now on belong to another epoch."""
@@ -258,9 +268,9 @@ class ForwardMark:
 
     def finalize(self) -> None:
         """The scheduler thread has waited for the forward's end and processes its result."""
-        if self._entry is not None:
-            self._publisher.flush()  # what an interrupted step left pending
-            self._publisher.gatherer.result_processed(self._entry.number)
+        self._publisher.flush()  # what an interrupted step left pending
+        gatherer = self._publisher.gatherer
+        gatherer.result_processed(None if self._entry is None else self._entry.number)
         if self._native is not None:
             self._native.finalize()
 

@@ -41,6 +41,11 @@ class Event:
         code, self._handle = driver.cuEventCreate(int(flags))
         _check(code, "cuEventCreate")
 
+    def __del__(self) -> None:
+        handle = getattr(self, "_handle", None)
+        if handle is not None:
+            driver.cuEventDestroy(handle)  # its waiters keep what they waited for
+
     def record(self, stream: int) -> None:
         _check(driver.cuEventRecord(self._handle, stream)[0], "cuEventRecord")
 

@@ -81,14 +81,20 @@ class Gatherer(Protocol):
     def forward_begins(self) -> int:
         """On the forward's stream, before the model runs; returns the forward's number."""
 
-    def result_processed(self, forward: int) -> None:
-        """The scheduler thread has waited for this forward's end; its requests end next."""
+    def result_processed(self, forward: int | None) -> None:
+        """The scheduler thread has waited for this forward's end; its requests end next.
+
+        None: a forward whose beginning was not seen.
+        """
 
     def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> Any:
         """Copy a request's KV locations, ordered before any later write of ``req_to_token``.
 
         Returns what the gatherer makes of it; valid until the next step's result.
         """
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether rows of this size may be submitted, beside what is under way."""
 
     def submit(self, jobs: list[Job]) -> None:
         """Gather what finished in one step; does not wait. Scheduler thread."""

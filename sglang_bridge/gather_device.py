@@ -38,6 +38,7 @@ import torch
 
 from shmroute import Arena
 from shmroute.counters import Counters
+from shmroute.cuda_runtime import relaxed_capture
 from shmroute.pinned import PageLock
 
 from .cuda_driver import Event, copy, is_idle
@@ -103,8 +104,10 @@ class DeviceGatherer:
             what=f"arena {arena.segment.data}",
             device=self.device.index,
         )
-        self._gather_stream = torch.cuda.Stream(self.device)
-        self._copy_stream = torch.cuda.Stream(self.device)
+        # torch hands out streams of a small pool in turns. Those of another priority are none
+        # that SGLang's forwards or copies could have been given.
+        self._gather_stream = torch.cuda.Stream(self.device, priority=-1)
+        self._copy_stream = torch.cuda.Stream(self.device, priority=-1)
         # Handles: the driver's calls take these, and asking torch costs as much as the call.
         self._gather, self._copy = (
             stream.cuda_stream for stream in (self._gather_stream, self._copy_stream)
@@ -117,6 +120,9 @@ class DeviceGatherer:
         self._hand_over: Callable[[Gathered | None], None] = lambda _: None
         self._begin, self._taken, self._gathered = (Event() for _ in range(3))
         self._begun, self._processed = 0, 0
+        self._in_doubt: list[HostBuffer] = []
+        # Each counted by one thread: the scheduler's, the sealer's.
+        self._pageable_launched, self._pageable_copied = 0, 0
         self._ordered, self._aside, self._unfenced = False, False, False
         # Every request holds fewer locations than there are, and few share many of them.
         self._locations = torch.empty(
@@ -154,9 +160,9 @@ class DeviceGatherer:
         self._begun += 1
         return self._begun
 
-    def result_processed(self, forward: int) -> None:
-        """The scheduler thread has waited for this forward's end."""
-        self._processed = forward
+    def result_processed(self, forward: int | None) -> None:
+        if forward is not None:
+            self._processed = forward
         self._ordered = False
         self._locations_used = 0  # what was taken before is gathered from before it is overwritten
 
@@ -182,6 +188,8 @@ class DeviceGatherer:
             self._look_at(req_to_token)
         if not self._ordered:
             self._choose_stream()
+        if start == end:
+            return DeviceLocations(0, self._locations)
         taken = self._place_for(end - start)
         source = self._pool_address + _INT32 * (slot * self._pool_stride + start)
         nbytes = _INT32 * (end - start)
@@ -219,11 +227,18 @@ class DeviceGatherer:
 
     # -- scheduler thread --------------------------------------------------------------------
 
+    def has_room(self, nbytes: int) -> bool:
+        if self.page_lock.ready:
+            return True  # lanes are used in turns
+        # Rows that wait for the sealer's copy have GPU memory of their own.
+        waiting = self._pageable_launched - self._pageable_copied
+        return waiting + nbytes <= LANES * self._lane_bytes
+
     def submit(self, jobs: list[Job]) -> None:
-        self._come_after_snapshots()
         for run in plan_runs(jobs, self._row_bytes, self._lane_bytes, self._lane_rows):
             work = _Run(self, run, pageable=not self.page_lock.ready)
             try:
+                self._come_after_snapshots()
                 self._launch(work)
             except Exception as error:
                 # Told to the sealer: one thread fails records and counts them.
@@ -236,6 +251,8 @@ class DeviceGatherer:
     def _launch(self, work: _Run) -> None:
         run = work.run
         buffer = self._buffers.take()
+        # Kept for good if what follows fails: a copy may be on its way into it.
+        self._in_doubt.append(buffer)
         lane = self._new_lane(run.nbytes, run.rows) if work.pageable else self._take_lane()
         if lane.used:
             lane.copied.hold_back(self._gather)
@@ -244,6 +261,7 @@ class DeviceGatherer:
         self._gathered.hold_back(self._copy)
         self._unfenced = True
         if work.pageable:
+            self._pageable_launched += run.nbytes
             self._counters.add("pageable_copies")
         else:
             self.copy_rows(run, lane)
@@ -252,6 +270,7 @@ class DeviceGatherer:
         lane.copied.record(self._copy)
         lane.used = True
         work.lane, work.buffer = lane, buffer
+        self._in_doubt.pop()
 
     def _take_lane(self) -> Lane:
         lane = self._lanes[self._next_lane]
@@ -300,6 +319,7 @@ class DeviceGatherer:
         with torch.cuda.stream(self._copy_stream):
             target = self._heap[run.offset : run.offset + run.nbytes]
             target.copy_(lane.words.view(torch.uint8)[: run.nbytes])
+        self._pageable_copied += run.nbytes
 
     def give(self, buffer: HostBuffer) -> None:
         self._buffers.give(buffer)
@@ -345,7 +365,8 @@ class _Run:
             return  # it failed, and its jobs say why
         try:
             torch.cuda.set_device(self._owner.device)  # the sealer's own context
-            self.buffer.copied.synchronize()
+            with relaxed_capture():
+                self.buffer.copied.synchronize()
             if self.pageable:
                 self._owner.copy_pageable(self.run, self.lane)
             self.lane = None

@@ -54,11 +54,14 @@ class HostGatherer:
     def forward_begins(self) -> int:
         return 0  # forwards run on the scheduler thread: nothing is ever in flight
 
-    def result_processed(self, forward: int) -> None:
+    def result_processed(self, forward: int | None) -> None:
         """Nothing to order."""
 
     def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> torch.Tensor:
         return req_to_token[slot, start:end].clone()
+
+    def has_room(self, nbytes: int) -> bool:
+        return True
 
     def submit(self, jobs: list[Job]) -> None:
         gathered = threading.Event()

@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
 from shmroute import RouteLayout
 
 from .errors import StartRefused
-from .versions import is_draft_router, shared_slots
+from .versions import is_draft_router, routes_inside_kernel, shared_slots
 
 # On these the experts are chosen inside the MoE kernel, out of the capturer's sight.
 _ROUTED_INSIDE = (TopKOutputFormat.TRITON_KERNEL, TopKOutputFormat.BYPASSED)
@@ -71,11 +71,12 @@ def _check_captured(router: TopK, device: str) -> None:
     topk = router.topk_config
     if not topk.allow_routed_experts_capture:
         raise StartRefused(f"layer {router.layer_id}: SGLang does not capture its routes")
-    if topk.output_format in _ROUTED_INSIDE and torch.device(device).type != "cpu":
+    inside = topk.output_format in _ROUTED_INSIDE or routes_inside_kernel(topk)
+    if inside and torch.device(device).type != "cpu":
+        form = getattr(topk.output_format, "name", "by its backend")
         raise StartRefused(
-            f"layer {router.layer_id}: its MoE kernel chooses the experts inside "
-            f"({topk.output_format.name}), so SGLang captures no routes: start with "
-            "--moe-runner-backend triton"
+            f"layer {router.layer_id}: its MoE kernel chooses the experts inside ({form}), so "
+            "SGLang captures no routes: start with --moe-runner-backend triton"
         )
 
 

@@ -47,6 +47,10 @@ def register() -> None:
     except (StartRefused, ValueError) as error:
         # SystemExit, because SGLang's loader swallows every Exception.
         raise SystemExit(f"shmroute: the engine does not start: {error}") from error
+    except Exception as error:
+        raise SystemExit(
+            f"shmroute: the engine does not start: {type(error).__name__}: {error}"
+        ) from error
 
 
 # -- launcher ----------------------------------------------------------------------------------
@@ -105,6 +109,7 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
 
     sites.check_sites((*sites.LAUNCHER, *sites.SCHEDULER, *sites.USED))
     sites.check_attributes()
+    _check_imports()
     from sglang.srt.environ import envs
 
     resolved = resolved_arguments(arguments)
@@ -120,6 +125,17 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
     segments.check_memory(wanted.capacity * ranks, wanted.arena)
     _hook_launcher()
     _launched.add(wanted.arena)
+
+
+def _check_imports() -> None:
+    """What a scheduler process imports for the hooks must be there before one is started."""
+    try:
+        from . import scheduler  # noqa: F401
+    except ImportError as error:
+        raise StartRefused(
+            f"SGLang {sites.version()}: {error}; shmroute does not know this version of it. Use a "
+            "version that the README lists"
+        ) from error
 
 
 # Arenas of the engines that this process has launched, to be reaped when they are killed.

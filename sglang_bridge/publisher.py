@@ -84,6 +84,7 @@ class Publisher:
         self._shadow = Shadow(routes, self.late_counters) if shadow else None
         self.gatherer = gatherer
         self._pending: list[Job] = []
+        self._pending_bytes, self._row_bytes = 0, routes.row_bytes
         self._last: Reservation | None = None
         self._broken = False
         self._unsaid, self._next_warning = 0, 0.0
@@ -113,6 +114,9 @@ class Publisher:
             return self._empty(request)
         if self._broken:
             return self._inline(request, "inline_after_failure")
+        nbytes = request.tokens * self._row_bytes
+        if not self.gatherer.has_room(self._pending_bytes + nbytes):
+            return self._inline(request, "inline_unlocked")
         try:
             record = self.arena.reserve(
                 request.rid,
@@ -130,6 +134,7 @@ class Publisher:
             record.fail("the engine could not issue its ticket")
             raise
         self._last = record
+        self._pending_bytes += nbytes
         self.counters.add("tickets")
         return ticket
 
@@ -146,6 +151,7 @@ class Publisher:
         if not self._pending:
             return
         jobs, self._pending = self._pending, []
+        self._pending_bytes = 0
         self.counters.add("publish_calls")
         self.gatherer.submit(jobs)
 

@@ -99,20 +99,22 @@ def _sent(_sender: Any, output: Any, recv_obj: Any = None) -> None:
         collect.count_aborted(recv_obj)
 
 
-def _memory_released(_result: Any, _updater: Any, recv_req: Any) -> None:
+def _memory_released(_result: Any, updater: Any, recv_req: Any) -> None:
     capturer = get_global_experts_capturer()
-    if isinstance(capturer, ArenaCapturer) and _names_kv_cache(recv_req):
+    if isinstance(capturer, ArenaCapturer) and _frees_kv_cache(updater, recv_req):
         capturer.give_back_memory()
 
 
-def _memory_resumed(_result: Any, _updater: Any, recv_req: Any) -> None:
+def _memory_resumed(_result: Any, updater: Any, recv_req: Any) -> None:
     capturer = get_global_experts_capturer()
-    if isinstance(capturer, ArenaCapturer) and _names_kv_cache(recv_req):
+    if isinstance(capturer, ArenaCapturer) and _frees_kv_cache(updater, recv_req):
         capturer.take_memory_again()
 
 
-def _names_kv_cache(recv_req: Any) -> bool:
-    return not recv_req.tags or GPU_MEMORY_TYPE_KV_CACHE in recv_req.tags
+def _frees_kv_cache(updater: Any, recv_req: Any) -> bool:
+    """Without the memory saver SGLang frees nothing and goes on serving."""
+    named = not recv_req.tags or GPU_MEMORY_TYPE_KV_CACHE in recv_req.tags
+    return named and bool(updater.memory_saver_adapter.enabled)
 
 
 def _weights_change(_updater: Any, recv_req: Any) -> None:

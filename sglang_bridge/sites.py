@@ -149,6 +149,9 @@ ATTRIBUTES = {
     ),
     "sglang.srt.model_executor.model_runner.ModelRunner": ("is_draft_worker",),
     "sglang.srt.configs.model_config.ModelConfig": ("is_multimodal",),
+    "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": (
+        "memory_saver_adapter",
+    ),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool": ("req_to_token",),
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch": (
         "input_ids",

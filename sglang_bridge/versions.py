@@ -25,8 +25,13 @@ _LATER_ARGUMENTS = {
 
 @functools.cache
 def version() -> str:
-    """SGLang's version."""
-    return importlib.metadata.version("sglang")
+    """SGLang's version; one that runs out of a source folder has no distribution to ask."""
+    try:
+        return importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        import sglang
+
+        return str(sglang.__version__)
 
 
 def is_older() -> bool:
@@ -76,6 +81,23 @@ def shared_slots(topk_config: Any) -> int:
     if is_older():
         return int(topk_config.num_fused_shared_experts)
     return int(topk_config.num_shared_topk_slots)
+
+
+def routes_inside_kernel(topk_config: Any) -> bool:
+    """Whether an older router that was given no output format will choose the experts inside.
+
+    It decides at each forward, by the backend; a newer one has decided by its start.
+    """
+    if not is_older() or topk_config.output_format is not None:
+        return False
+    from sglang.srt.layers.moe import get_moe_runner_backend
+
+    backend = get_moe_runner_backend()
+    return bool(
+        backend.is_triton_kernels()
+        or backend.is_flashinfer_trtllm()
+        or backend.is_flashinfer_mxfp4()
+    )
 
 
 def fused_shared_experts(model: Any) -> int:

@@ -58,6 +58,7 @@ NAMES = (
     "host_buffers_added",
     "page_locked_bytes",
     "table_device_bytes",
+    "inline_unlocked",
 )
 _INDEX = {name: index for index, name in enumerate(NAMES)}
 

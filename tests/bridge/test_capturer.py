@@ -28,13 +28,13 @@ class CountingGatherer(HostGatherer):
     def __init__(self, table: RouteTable) -> None:
         super().__init__(table)
         self.begun = 0
-        self.processed: list[int] = []
+        self.processed: list[int | None] = []
 
     def forward_begins(self) -> int:
         self.begun += 1
         return self.begun
 
-    def result_processed(self, forward: int) -> None:
+    def result_processed(self, forward: int | None) -> None:
         self.processed.append(forward)
 
 
@@ -111,13 +111,13 @@ def test_a_result_hands_over_what_an_interrupted_step_left_pending(engine: Engin
         assert routes.tokens == 4
 
 
-def test_a_forward_whose_beginning_was_not_seen_orders_nothing_and_its_rows_are_missing(
+def test_a_forward_whose_beginning_was_not_seen_begins_a_step_and_its_rows_are_missing(
     engine: Engine,
 ) -> None:
     batch, captured = engine.batch(4), engine.captured(4)
     engine.capturer.forward(batch, captured.clone())
     engine.capturer.end_forward(batch, captured).finalize()
-    assert engine.gatherer.processed == []
+    assert engine.gatherer.processed == [None]
     assert (engine.table.tags < 0).all()
     assert (captured == -1).all()
 
@@ -154,20 +154,24 @@ def test_in_shadow_mode_sglang_s_own_rows_reach_its_host_cache_through_the_mark(
 # -- memory of a colocated trainer ---------------------------------------------------------------
 
 
-def release(tags: list[str] | None) -> None:
+def updater(saver: bool) -> Any:
+    return SimpleNamespace(memory_saver_adapter=SimpleNamespace(enabled=saver))
+
+
+def release(tags: list[str] | None, *, saver: bool = True) -> None:
     from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
 
     from sglang_bridge import scheduler
 
-    scheduler._memory_released(None, None, ReleaseMemoryOccupationReqInput(tags=tags))
+    scheduler._memory_released(None, updater(saver), ReleaseMemoryOccupationReqInput(tags=tags))
 
 
-def resume(tags: list[str] | None) -> None:
+def resume(tags: list[str] | None, *, saver: bool = True) -> None:
     from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
 
     from sglang_bridge import scheduler
 
-    scheduler._memory_resumed(None, None, ResumeMemoryOccupationReqInput(tags=tags))
+    scheduler._memory_resumed(None, updater(saver), ResumeMemoryOccupationReqInput(tags=tags))
 
 
 def held(engine: Engine) -> int:
@@ -199,6 +203,15 @@ def test_while_the_kv_cache_stays_the_table_and_its_rows_stay(
     resume(tags)
     with ShmRouteReader(engine.serve(ids, locations)) as routes:
         np.testing.assert_array_equal(routes.numpy(), engine.forwards.rows(captured))
+
+
+def test_without_the_memory_saver_nothing_goes_because_the_engine_goes_on(
+    engine: Engine,
+) -> None:
+    release(None, saver=False)
+    assert held(engine) == engine.table.nbytes
+    resume(None, saver=False)
+    assert held(engine) == engine.table.nbytes
 
 
 def test_rows_from_before_are_missing_until_forwards_have_run_again(engine: Engine) -> None:

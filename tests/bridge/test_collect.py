@@ -241,3 +241,37 @@ def test_every_finished_request_is_counted_once_also_when_the_hook_fails(
         counts["ticketed"] + counts["inline"] + counts["failed_requests"] + counts["no_routes"]
     )
     assert (counts["failed_requests"], counts["no_routes"], counts["hook_errors"]) == (2, 1, 2)
+
+
+def test_shadow_mode_takes_the_locations_before_sglang_reads_them(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own reading waits for the stream, and would hide how ours are ordered."""
+    from sglang.srt.state_capturer.base import BaseTopkCapturer
+
+    order = []
+    snapshot = scheduler.publisher.gatherer.snapshot
+
+    def ours(*given: Any) -> Any:
+        order.append("ours")
+        return snapshot(*given)
+
+    def natively(*_: Any) -> None:
+        order.append("native")
+
+    monkeypatch.setattr(scheduler.publisher.gatherer, "snapshot", ours)
+    monkeypatch.setattr(BaseTopkCapturer, "get_topk", natively)
+    scheduler.capturer.shadow = True
+    req, rows = scheduler.request("both", prompt=20, output=5)
+    with ShmRouteReader(collected(scheduler, req)) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    scheduler.capturer.shadow = False
+    assert order == ["ours", "native"]
+
+
+def test_token_ids_out_of_an_array_are_those_of_a_list(scheduler: Scheduler) -> None:
+    from sglang_bridge.collect import _as_array
+
+    for ids in (array("q", [3, 1 << 40, 7]), [3, 1 << 40, 7], array("i", [3, 5])):
+        np.testing.assert_array_equal(_as_array(ids), list(ids))
+        assert _as_array(ids).dtype == np.int64

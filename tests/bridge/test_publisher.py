@@ -481,3 +481,31 @@ def test_native_rows_of_another_number_are_all_a_mismatch(make_bridge: Make) -> 
     native = bridge.forwards.run(ids, locations)[:-1]
     bridge.publisher.collect(bridge.forwards.finished("short", ids, locations, native))
     assert bridge.settled()["shadow_mismatches"] == 10
+
+
+# -- what the gatherer cannot take ---------------------------------------------------------------
+
+
+class FullGatherer(HostGatherer):
+    """Takes so many bytes at a time, as one whose arena is not page-locked does."""
+
+    limit = 40 * ROUTES.row_bytes
+
+    def has_room(self, nbytes: int) -> bool:
+        return nbytes <= self.limit
+
+
+def test_what_the_gatherer_has_no_room_for_travels_inline_and_is_counted(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostGatherer, "has_room", FullGatherer.has_room)
+    monkeypatch.setattr(HostGatherer, "limit", FullGatherer.limit, raising=False)
+    bridge = make_bridge()
+    served = [bridge.serve(f"{i}", 30) for i in range(3)]  # of one step: only the first fits
+    bridge.publisher.flush()
+    served.append(bridge.serve("next step", 30))
+    counters = bridge.settled()
+    assert (counters["tickets"], counters["inline_unlocked"]) == (2, 2)
+    for ticket, rows in served:
+        with ShmRouteReader(ticket) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows)

@@ -70,3 +70,32 @@ def test_an_argument_that_no_version_has_is_not_made_up(installed: Any, sglang: 
     installed("0.5.17")
     with pytest.raises(AttributeError):
         _ = versions.resolved_arguments(SimpleNamespace(device="cpu")).enable_something_new
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "backend", "inside"),
+    [
+        ("0.5.17", None, "triton", False),
+        ("0.5.17", None, "auto", False),
+        ("0.5.17", None, "triton_kernel", True),
+        ("0.5.17", None, "flashinfer_trtllm", True),
+        ("0.5.17", "standard", "triton_kernel", False),
+        ("0.5.23", None, "triton_kernel", False),
+    ],
+)
+def test_an_older_router_without_a_format_goes_by_its_backend(
+    installed: Any,
+    sglang: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    number: str,
+    given: str | None,
+    backend: str,
+    inside: bool,
+) -> None:
+    """SGLang 0.5.17 decides at each forward; where the kernel routes inside, nothing captures."""
+    import sglang.srt.layers.moe as moe
+    from sglang.srt.layers.moe.utils import MoeRunnerBackend
+
+    installed(number)
+    monkeypatch.setattr(moe, "get_moe_runner_backend", lambda: MoeRunnerBackend(backend))
+    assert versions.routes_inside_kernel(SimpleNamespace(output_format=given)) is inside
