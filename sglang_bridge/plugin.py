@@ -20,6 +20,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ from .settings import Settings
 from .versions import resolved_arguments
 
 logger = logging.getLogger("shmroute")
+
+# Another engine may have an arena of this name, and lives on: so long it is waited for nothing.
+_DYING_SECONDS = 2.0
 
 
 def register() -> None:
@@ -183,5 +187,16 @@ def _reap_after_kill(
 ) -> None:
     """The launcher has killed its engine: remove what nobody needs of its arenas."""
     if os.getpid() == launcher and parent_pid in (None, launcher) and not include_parent:
+        deadline = time.monotonic() + _DYING_SECONDS
         for arena in _launched:
-            reaper.reap(arena)
+            _reap_dying(arena, deadline)
+
+
+def _reap_dying(arena: str, deadline: float) -> None:
+    """A killed scheduler keeps its arena alive until the kernel has taken it apart."""
+    while True:
+        reaper.reap(arena)
+        mine = (one for one in segments.list_segments(arena) if one.uid == os.geteuid())
+        if not any(map(reaper.is_alive, mine)) or time.monotonic() >= deadline:
+            return
+        time.sleep(0.02)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ import shmroute_cpu_platform
 from children import Child
 
 from sglang_bridge.errors import StartRefused
+from shmroute import segments
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +160,28 @@ def test_what_sglang_refuses_itself_keeps_its_own_message(sglang: SimpleNamespac
 
     request = sglang.ChatCompletionRequest(**CHAT, n=2, return_routed_experts=True)
     assert _refuse_several_choices("sglang's own", None, request) == "sglang's own"
+
+
+DYING = """
+import os, sys, time
+import shmroute
+shmroute.Arena.create(sys.argv[1], shmroute.RouteLayout(8, 2, range(2)), capacity="1MiB", slots=8)
+print("made", flush=True)
+time.sleep(0.5)
+os._exit(0)
+"""
+
+
+def test_an_arena_whose_killed_scheduler_takes_a_moment_to_die_is_reaped_all_the_same(
+    sglang: SimpleNamespace, arena_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_bridge import plugin
+
+    monkeypatch.setattr(plugin, "_launched", {arena_name})
+    command = [sys.executable, "-c", DYING, arena_name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "made\n"
+        assert list(segments.list_segments(arena_name))
+        plugin._reap_after_kill(os.getpid(), None, os.getpid(), False)
+        assert not list(segments.list_segments(arena_name))
