@@ -1,6 +1,6 @@
 """SIGKILL at every step of the protocol, thousands of times, and an audit of all that was seen.
 
-    python bench/crash_campaign.py --json PATH                 about 8 minutes
+    python bench/crash_campaign.py --json PATH                 about 5 minutes
     python bench/crash_campaign.py --quick                     the short form of `make test`
     python bench/crash_campaign.py --quick --point 'seal 3'    one step again and again
     python bench/crash_campaign.py --quick --again LOG         one process's life again and again

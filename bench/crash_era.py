@@ -109,6 +109,14 @@ class Plan:
         often = point.role == "reader" and point.most >= _OFTEN
         return chance.randint(1, point.most * (self.stretch if often else 1))
 
+    def draw_evicting(self, point: Point | None, chance: random.Random) -> bool:
+        """Whether a writer evicts what is old."""
+        if self.again is not None and self.again.role == "writer":
+            return self.again.retention is not None
+        if point is not None and point.operation == "evict":
+            return True
+        return chance.random() < 0.5
+
     def draw_seed(self, role: str, chance: random.Random) -> int:
         """The seed of a life."""
         if self.again is not None and self.again.role == role:
@@ -196,8 +204,7 @@ class Era:
 
     def _start_writer(self, *, last: bool = False) -> _Child:
         point = None if last else self._draw("writer")
-        # Only what is old may be evicted; only what is kept must be there in the end.
-        evicts = point.operation == "evict" if point else self._chance.random() < 0.5
+        evicts = self._plan.draw_evicting(point, self._chance)
         return self._start(
             "writer",
             partial(write, asked=self._asked),

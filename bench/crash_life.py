@@ -1,7 +1,8 @@
 """One process of the crash campaign: what it is, how it dies, and where it says so.
 
-A life is its seed, its kill point and the call to die at, and the first line of its log has all
-three, so that it can be lived again: the same choices on the way to the same point.
+A life is its seed, its kill point, the call to die at and, a writer's, its retention. The first
+line of its log has them all, so that it can be lived again: the same choices on the way to the
+same point.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from crash_points import Point
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """A life to live again: every process of its role has this seed and dies at this call."""
+    """A life to live again: every process of its role has what is said here."""
 
     role: str
     seed: int
     point: str | None
     call: int
+    retention: float | None
 
     @classmethod
     def of(cls, log: Path) -> Again:
         born = next(read_log(log))
-        return cls(born["role"], born["seed"], born["point"], born["call"])
+        return cls(*(born[key] for key in ("role", "seed", "point", "call", "retention")))
 
 
 @dataclass(frozen=True, slots=True)
