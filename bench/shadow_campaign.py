@@ -418,7 +418,7 @@ def judge(
         Row(f"{name}: rows compared", counters["shadow_rows"], "rows", case.rows, "min"),
         Row(f"{name}: requests", client.requests, "requests"),
         Row(f"{name}: unaccounted requests", abs(counters["finished"] - counted), "", 0, "max"),
-        Row(f"{name}: arenas", arenas, "", 2 if "dp_size" in case.arguments else 1, "max"),
+        Row(f"{name}: arenas", arenas, "", 1, "max"),
         Row(f"{name}: seconds of traffic", round(seconds, 1), "s"),
         Row(f"{name}: inline", counters["inline"], "requests"),
         Row(f"{name}: copies while the arena was not page-locked", counters["pageable_copies"], ""),

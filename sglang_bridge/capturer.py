@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.state_capturer.base import BaseDeviceCache
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
@@ -75,8 +74,6 @@ class ArenaCapturer(RoutedExpertsCapturer):
             name="routed_experts",
         )
         self.device_cache.buffer.fill_(-1)
-        # Ranks of DP attention capture each other's tokens, too.
-        self._shared_buffer = is_dp_attention_enabled()
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
         self._num_tokens = num_tokens
@@ -208,8 +205,6 @@ class ArenaCapturer(RoutedExpertsCapturer):
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")
             publisher.counters.add("hook_errors")
             self._forget(captured)
-        if self._shared_buffer:
-            self.device_cache.buffer.fill_(-1)
 
     def _forget(self, captured: torch.Tensor) -> None:
         try:
