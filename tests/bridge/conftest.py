@@ -66,8 +66,15 @@ def sglang() -> Iterator[SimpleNamespace]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def children_from_the_start(request: pytest.FixtureRequest) -> None:
+    """They take their time beside the other tests, where any test asks for them."""
+    if any("children" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("children")
+
+
+@pytest.fixture(scope="session")
 def children() -> Iterator[dict[str, Child]]:
-    """The child processes that look at SGLang from outside, by name; they run from the start."""
+    """The child processes that look at SGLang from outside, by name."""
     here = Path(__file__).parent
     started = {
         "wrong_sglang": Child([str(here / "wrong_sglang.py")], {"SGLANG_PLATFORM": "shmroute_cpu"}),

@@ -15,6 +15,7 @@ from forwards import VOCABULARY, Forwards
 
 import shmroute
 from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.finished import Gathered, Job
 from sglang_bridge.gather_host import HostGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
@@ -33,6 +34,7 @@ class Bridge:
         self,
         name: str,
         table: type[RouteTable] = RouteTable,
+        gatherer: type[HostGatherer] = HostGatherer,
         routes: RouteLayout = ROUTES,
         **how: Any,
     ) -> None:
@@ -44,7 +46,7 @@ class Bridge:
         self.publisher = Publisher(
             self.arena,
             self.epochs,
-            HostGatherer(self.table),
+            gatherer(self.table),
             vocabulary=VOCABULARY,
             inline_when_full=inline_when_full,
             shadow=True,
@@ -392,6 +394,51 @@ def test_collecting_does_not_wait_for_gathering(make_bridge: Make) -> None:
         ShmRouteReader(tickets[0], timeout=0.05)
     bridge.table.held.set()
     assert ShmRouteReader(tickets[0]).tokens == 20
+
+
+class UnderWay:
+    """Jobs that are handed over while their rows are still on the way."""
+
+    def __init__(self, jobs: list[Job], gathered: threading.Event) -> None:
+        self.jobs = jobs
+        self._gathered = gathered
+
+    def wait(self) -> None:
+        self._gathered.wait()
+
+    def done(self) -> None:
+        """Nothing is kept."""
+
+
+class EarlyGatherer(HostGatherer):
+    """Hands over at once, as a gatherer whose copies are asynchronous does."""
+
+    def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
+        self._hand_over_now = hand_over
+        super().start(lambda gathered: None if gathered else hand_over(None))
+
+    def submit(self, jobs: list[Job]) -> None:
+        super().submit(jobs)
+        self._hand_over_now(UnderWay(jobs, self._gathered))
+
+
+def test_a_record_is_not_sealed_before_its_rows_are_there(make_bridge: Make) -> None:
+    bridge = make_bridge(table=HeldTable, gatherer=EarlyGatherer)
+    ticket, rows = bridge.serve("held", 20)
+    bridge.publisher.flush()
+    with pytest.raises(shmroute.RouteTimeout):
+        ShmRouteReader(ticket, timeout=0.05)
+    bridge.table.held.set()
+    with ShmRouteReader(ticket) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows)
+
+
+def test_a_snapshot_keeps_what_the_pool_s_row_held(make_bridge: Make) -> None:
+    """SGLang rewrites the row in the statement after the hook, the gather comes later."""
+    pool = torch.arange(12, dtype=torch.int32).reshape(3, 4)
+    taken = make_bridge().publisher.gatherer.snapshot(pool, 1, 0, 3)
+    pool[1].fill_(9)
+    assert taken.tolist() == [4, 5, 6]
 
 
 def sealing_beside_a_pending_step(make_bridge: Make) -> tuple[Bridge, bytes, bytes]:

@@ -95,6 +95,15 @@ def test_what_a_dense_layer_leaves_in_the_buffer_does_not_matter(forwards: Forwa
     assert (read(forwards.table, locations)[1] >= 0).all()
 
 
+def test_the_capture_buffer_keeps_no_routes_for_a_layer_that_does_not_capture_next_time(
+    forwards: Forwards,
+) -> None:
+    captured = torch.from_numpy(forwards.routes(3))
+    where, ids = torch.tensor([5, 7, 9]), torch.tensor([1, 2, 3])
+    forwards.table.scatter(captured, where, ids, torch.arange(3), 0)
+    assert (captured == -1).all()
+
+
 def test_the_same_id_in_two_layers_is_nothing_odd() -> None:
     forwards = Forwards(make_table(RouteLayout(8, 1, range(3))))
     captured = np.full((4, 3, 1), 7, dtype=np.int32)

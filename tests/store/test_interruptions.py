@@ -14,11 +14,11 @@ import time
 
 import numpy as np
 import pytest
-from actors import add
+from actors import LAYOUT, add
 
 import shmroute
-from shmroute import Arena, RouteGone, RouteNotFound, ShmRouteReader
-from shmroute.arena import _life_fds
+from shmroute import Arena, RouteGone, RouteNotFound, ShmRouteReader, attached
+from shmroute.arena import _close_life, _life_fds
 
 # Opens a record again and again while a signal handler raises at random moments of it.
 INTERRUPT = """
@@ -140,6 +140,25 @@ def test_a_child_closes_the_life_locks_of_its_parent(arena):
         assert not _life_fds
 
     assert in_child(look) == 0
+
+
+def test_a_child_closes_the_life_lock_of_an_arena_that_its_maker_forgot(name):
+    life = Arena.create(name, LAYOUT, capacity="2MiB", slots=16)._life_fd
+    gc.collect()
+
+    def look():
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(life)
+
+    assert in_child(look) == 0
+    _close_life(life)
+
+
+def test_a_child_finds_arenas_that_another_thread_of_its_parent_was_looking_for(arena):
+    """The lock that it held at the fork has no owner in the child."""
+    add(arena, "rid")
+    with attached._lock:
+        assert in_child(lambda: ShmRouteReader("rid", arena=arena.name).close()) == 0
 
 
 def test_a_child_without_a_descriptor_of_its_own_drops_nothing_of_its_parent(arena):

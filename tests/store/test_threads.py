@@ -141,6 +141,22 @@ def test_an_eviction_never_takes_a_record_that_came_after_its_scan(make_arena, m
         assert is_intact(routes)
 
 
+def test_a_reclaim_never_takes_a_record_that_came_after_its_scan(make_arena, monkeypatch):
+    arena = make_arena(slots=1)
+    release(add(arena, "old").ticket)
+    original, new = arena.writer._recycle_all, []
+
+    def late(*arguments, **options):
+        monkeypatch.undo()
+        new.append(add(arena, "new"))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(arena.writer, "_recycle_all", late)
+    assert arena.writer.reclaim() == 0
+    with ShmRouteReader(new[0].ticket) as routes:
+        assert is_intact(routes)
+
+
 def test_reclaiming_during_a_seal_takes_other_records_and_leaves_that_one(make_arena, monkeypatch):
     """The writer's own lock does not stop it between the even word and the end of the lease."""
     arena = make_arena(retention=0.0)
