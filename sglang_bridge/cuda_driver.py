@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from cuda.bindings import driver
 
 from .errors import DeviceError
@@ -56,6 +57,12 @@ class Event:
     def synchronize(self) -> None:
         """Wait on the host, without the interpreter's lock."""
         _check(driver.cuEventSynchronize(self._handle)[0], "cuEventSynchronize")
+
+
+def current_stream(device: int) -> int:
+    """Handle of the calling thread's current stream, without torch's object around it."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
 
 
 def is_idle(stream: int) -> bool:

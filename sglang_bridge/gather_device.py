@@ -41,7 +41,7 @@ from shmroute.counters import Counters
 from shmroute.cuda_runtime import relaxed_capture
 from shmroute.pinned import PageLock
 
-from .cuda_driver import Event, copy, is_idle
+from .cuda_driver import Event, copy, current_stream, is_idle
 from .finished import Finished, Gathered, Job
 from .kernels import Gather
 from .staging import (
@@ -92,7 +92,7 @@ class DeviceGatherer:
         self._table = table
         table.fence = self.fence
         self._counters = counters
-        self.device = table.device
+        self.device, self._index = table.device, table.device.index
         routes = table.routes
         self._row_bytes = routes.row_bytes
         self._lane_bytes = max(staging_bytes // LANES, routes.row_bytes) & -table.word_bytes
@@ -143,7 +143,7 @@ class DeviceGatherer:
         lane = self._lanes[0]
         with torch.cuda.stream(self._gather_stream):
             lane.pieces.zero_()
-        self._gather_rows(lane.pieces, 1, 1, lane.words, lane.tags, self._gather_stream)
+        self._gather_rows(lane.pieces, 1, 1, lane.words, lane.tags, self._gather)
 
     def _make_lanes(self) -> None:
         self._lanes = [self._new_lane(self._lane_bytes, self._lane_rows) for _ in range(LANES)]
@@ -156,7 +156,7 @@ class DeviceGatherer:
 
     def forward_begins(self) -> int:
         """On the forward's stream, before the model; returns the forward's number."""
-        self._begin.record(torch.cuda.current_stream().cuda_stream)
+        self._begin.record(current_stream(self._index))
         self._begun += 1
         return self._begun
 
@@ -171,7 +171,7 @@ class DeviceGatherer:
 
         Nothing is launched on the schedule stream between them that could hold it back.
         """
-        self._schedule = torch.cuda.current_stream().cuda_stream
+        self._schedule = current_stream(self._index)
         held_back = self._begun > self._processed and not is_idle(self._schedule)
         if held_back:
             self._begin.hold_back(self._gather)
@@ -291,7 +291,7 @@ class DeviceGatherer:
         nbytes = _INT64 * PIECE_FIELDS * count
         copy(lane.pieces.data_ptr(), buffer.pieces_address, nbytes, self._gather)
         longest = max(piece.rows for piece in run.pieces)
-        self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags, self._gather_stream)
+        self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags, self._gather)
 
     def copy_rows(self, run: Run, lane: Lane) -> None:
         """Copy a gathered run into the page-locked arena."""
@@ -310,7 +310,7 @@ class DeviceGatherer:
     def fence(self) -> None:
         if self._unfenced:
             self._unfenced = False
-            self._gathered.hold_back(torch.cuda.current_stream().cuda_stream)
+            self._gathered.hold_back(current_stream(self._index))
 
     # -- sealer thread -----------------------------------------------------------------------
 

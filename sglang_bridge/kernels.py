@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_driver import current_stream
 from .staging import PIECE_FIELDS
 from .tags import EPOCH_MASK, EPOCH_SHIFT, FOREIGN_TOKEN, INVALID, POSITION_SHIFT
 
@@ -120,28 +121,44 @@ class Launcher:
 
     The dispatch looks at every argument to choose what to compile for. Here that can only
     change with ``key``: the first call with a key goes through it and keeps what it chose.
+    After that, device tensors go by their addresses: of a tensor the launch would ask the
+    driver what it points to, one call each. Hooks of Triton's own profiler are not called.
     """
 
-    def __init__(self, kernel: Any, constants: tuple[Any, ...]) -> None:
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], device: torch.device) -> None:
         self._kernel = kernel
         self._constants = constants
-        self._chosen: dict[Any, Any] = {}
+        self._device = device.index
+        self._chosen: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(
-        self,
-        key: Any,
-        grid: tuple[int, int, int],
-        stream: torch.cuda.Stream | None,
-        *arguments: Any,
+        self, key: Any, grid: tuple[int, int, int], stream: int | None, *arguments: Any
     ) -> None:
-        """Launch with positional arguments, the constants behind them; None: current stream."""
+        """Launch with positional arguments, the constants behind them.
+
+        ``stream`` is a handle; None: the current one.
+        """
         chosen = self._chosen.get(key)
-        if chosen is not None:
-            handle = None if stream is None else stream.cuda_stream
-            chosen[grid](*arguments, *self._constants, stream=handle)
+        if chosen is None:
+            self._choose(key, grid, stream, arguments)
             return
-        with torch.cuda.stream(stream):
-            self._chosen[key] = self._kernel[grid](*arguments, *self._constants, num_warps=4)
+        run, function, metadata, _ = chosen
+        handle = current_stream(self._device) if stream is None else stream
+        given = [
+            one.data_ptr() if isinstance(one, torch.Tensor) and one.is_cuda else one
+            for one in arguments
+        ]
+        run(*grid, handle, function, metadata, None, None, None, *given, *self._constants)
+
+    def _choose(
+        self, key: Any, grid: tuple[int, int, int], stream: int | None, arguments: tuple[Any, ...]
+    ) -> None:
+        on = None if stream is None else torch.cuda.ExternalStream(stream, self._device)
+        with torch.cuda.stream(on):
+            compiled = self._kernel[grid](*arguments, *self._constants, num_warps=4)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            parts = compiled.run, compiled.function, compiled.packed_metadata
+            self._chosen[key] = (*parts, compiled)  # which unloads its module when it goes
 
 
 class Scatter:
@@ -174,7 +191,7 @@ class Scatter:
         padded = triton.next_power_of_2(count), triton.next_power_of_2(top_k)
         constants = (*strides, len(tags), count, top_k, num_experts, *padded)
         bits = INVALID, FOREIGN_TOKEN, POSITION_SHIFT, EPOCH_SHIFT
-        self._launch = Launcher(_scatter_kernel, (*constants, *bits))
+        self._launch = Launcher(_scatter_kernel, (*constants, *bits), tags.device)
 
     def __call__(
         self,
@@ -215,7 +232,7 @@ class Gather:
         self._table = rows, tags
         words = rows.shape[1]
         shape = len(tags), words, triton.next_power_of_2(words), GATHER_ROWS
-        self._launch = Launcher(_gather_kernel, (*shape, PIECE_FIELDS, INVALID))
+        self._launch = Launcher(_gather_kernel, (*shape, PIECE_FIELDS, INVALID), tags.device)
 
     def __call__(
         self,
@@ -224,7 +241,7 @@ class Gather:
         longest: int,
         staging: torch.Tensor,
         staged_tags: torch.Tensor,
-        stream: torch.cuda.Stream | None = None,
+        stream: int | None = None,
     ) -> None:
         """Copy rows and tags of several pieces, each with its own locations, into staging.
 
@@ -237,7 +254,7 @@ class Gather:
         longest
             Most rows of any piece.
         stream
-            None: the current one.
+            A handle; None: the current one.
         """
         grid = triton.cdiv(longest, GATHER_ROWS), count, 1
         self._launch(None, grid, stream, pieces, *self._table, staging, staged_tags)
