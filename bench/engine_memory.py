@@ -7,6 +7,7 @@ scheduler (see ``engine_trace``) and the arena's size do.
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,16 @@ def _of_arena(arena: str) -> dict[str, Any]:
         return {}
     return {
         "taken": reports[0].taken_bytes,
-        "in_use": reports[0].counters["heap_bytes_in_use"],
+        "in_use": reports[0].use.unreleased_bytes if reports[0].use else 0,
         "table": reports[0].counters["table_bytes"],
     }
 
 
 def _gpu_used() -> int | None:
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    """Bytes in use on the GPU that this process sees first."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={first}", *query]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
