@@ -38,6 +38,7 @@ from . import layout, reaper, segments
 from .errors import ShmRouteError
 from .leases import SLOTS_PER_FILE, ExclusiveLeases, lock_range
 from .memory import ArenaMemory
+from .refusals import named
 from .reservation import Reservation
 from .segments import SegmentName
 from .writer import RecordWriter
@@ -130,7 +131,10 @@ class Arena:
         Raises
         ------
         ArenaTooSmall
-            /dev/shm or the memory limit cannot hold it: figures and remedy in the message.
+            /dev/shm or a limit of memory or files cannot hold it: figures and remedy in the
+            message.
+        LeaseUnavailable
+            No descriptor, mapping or lock could be had.
         ValueError
             A name, size or number of slots that cannot be.
         """
@@ -138,15 +142,9 @@ class Arena:
         size = layout.align(parse_size(capacity), layout.PAGE)
         _check_geometry(routes, size, slots)
         _reap_predecessors(name)
-        segment, life_fd = _claim_name(name, 0o600 if group is None else 0o640, group)
-        try:
-            description = _describe(segment, routes, size, slots, retention)
-            memory = _fill(segment, life_fd, description, group)
-        except BaseException:
-            reaper.remove_files(segment)
-            _close_life(life_fd)
-            raise
-        leases = ExclusiveLeases(segment.lease_file)
+        with named(f"arena {name} cannot be made"):
+            memory, life_fd = _make(name, routes, size, slots, retention, group)
+        leases = ExclusiveLeases(memory.segment.lease_file)
         writer = RecordWriter(
             memory,
             leases,
@@ -230,13 +228,49 @@ def _check_geometry(routes: layout.RouteLayout, size: int, slots: int) -> None:
         )
 
 
+def _make(
+    name: str,
+    routes: layout.RouteLayout,
+    size: int,
+    slots: int,
+    retention: float,
+    group: int | None,
+) -> tuple[ArenaMemory, int]:
+    """Steps 1 to 7 of creation; the arena and the descriptor that has its life lock."""
+    segment, life_fd = _claim_name(name, 0o600 if group is None else 0o640, group)
+    try:
+        description = _describe(segment, routes, size, slots, retention)
+        return _fill(segment, life_fd, description, group), life_fd
+    except BaseException:
+        _remove_unfinished(segment, slots)
+        _close_life(life_fd)
+        raise
+
+
+def _remove_unfinished(segment: SegmentName, slots: int) -> None:
+    """By name: a list of the directory takes a descriptor, which may be what is lacking."""
+    for index in range(_lease_files(slots)):
+        segments.unlink_if_present(segment.lease_file(index))
+    segments.unlink_if_present(segment.control)
+    segments.unlink_if_present(segment.data)
+
+
+def _lease_files(slots: int) -> int:
+    return (slots + SLOTS_PER_FILE - 1) // SLOTS_PER_FILE
+
+
 def _claim_name(name: str, mode: int, group: int | None) -> tuple[SegmentName, int]:
     while True:
         segment = SegmentName(os.geteuid(), name, secrets.token_bytes(8), temporary=True)
         fd = segments.create_object(segment.data, mode, group)
         _life_fds.add(fd)
-        if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
-            return segment, fd
+        try:
+            if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
+                return segment, fd
+        except BaseException:
+            segments.unlink_if_present(segment.data)
+            _close_life(fd)
+            raise
         _close_life(fd)  # the reaper was faster than the lock and has removed the file
 
 
@@ -265,7 +299,7 @@ def _fill(
     control_fd = segments.create_object(segment.control, shared_mode, group)
     try:
         segments.take_memory(control_fd, description.control_bytes, segment.arena)
-        for index in range((description.slots + SLOTS_PER_FILE - 1) // SLOTS_PER_FILE):
+        for index in range(_lease_files(description.slots)):
             # A shared lock needs no more than the right to read.
             name, mode = segment.lease_file(index), 0o600 if group is None else 0o640
             os.close(segments.create_object(name, mode, group))

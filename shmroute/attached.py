@@ -18,6 +18,7 @@ from .errors import ArenaNotFound, LayoutMismatch
 from .leases import SharedLeases
 from .memory import ArenaMemory
 from .reaper import is_alive
+from .refusals import named
 from .segments import SegmentName
 
 if TYPE_CHECKING:
@@ -99,13 +100,16 @@ def attach(segment: SegmentName) -> AttachedArena:
         It is not under this process's /dev/shm.
     LayoutMismatch
         It is not an arena that this version reads.
+    LeaseUnavailable
+        No descriptor or no mapping could be had.
     """
     found = _attached.get(segment.base)
     if found is not None:
         return found
     _segments()  # forgets what was removed, also where nobody ever searches
     try:
-        memory = ArenaMemory.open(segment)
+        with named(f"arena segment {segment.data}"):
+            memory = ArenaMemory.open(segment)
     except FileNotFoundError as error:
         raise ArenaNotFound(
             f"arena segment {segment.data} is not under {segments.SHM_DIR}: it was removed "

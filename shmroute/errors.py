@@ -6,7 +6,7 @@
     ├── ArenaNotFound (FileNotFoundError)   no arena of that name on this node
     ├── ArenaTooSmall (OSError)             /dev/shm or the memory limit cannot hold the arena
     ├── ArenaFull                           no space or no slot for this record now
-    ├── LeaseUnavailable (OSError)          the kernel refused a descriptor or a lock
+    ├── LeaseUnavailable (OSError)          the kernel refused a descriptor, mapping or lock
     ├── LayoutMismatch                      the segment is not one this version reads
     ├── InvalidTicket (ValueError)          these bytes are no ticket, or do not fit their record
     ├── NotOnThisNode                       the record lies in another node's memory
@@ -41,7 +41,7 @@ class ArenaFull(ShmRouteError):
 
 
 class LeaseUnavailable(ShmRouteError, OSError):
-    """The kernel refused a file descriptor or a lock that a lease needs."""
+    """The kernel refused a file descriptor, a mapping or a lock that reading or writing needs."""
 
 
 class LayoutMismatch(ShmRouteError):

@@ -40,6 +40,7 @@ from .errors import LayoutMismatch
 from .leases import SLOTS_PER_FILE, ExclusiveLeases, is_locked, lock_range, open_lease_file
 from .memory import ArenaMemory, Words
 from .metadata import merge_ranges
+from .refusals import named
 from .segments import SegmentName
 
 logger = logging.getLogger("shmroute")
@@ -76,7 +77,18 @@ def reap(arena: str | None = None, *, force: bool = False) -> list[Reaped]:
 
 
 def reap_segment(segment: SegmentName, *, force: bool = False) -> Reaped | None:
-    """Reap one segment; None when it is gone already or its writer lives."""
+    """Reap one segment; None when it is gone already or its writer lives.
+
+    Raises
+    ------
+    LeaseUnavailable
+        No descriptor, mapping or lock could be had; the segment is as it was, or empty.
+    """
+    with named(f"{segment.data} cannot be reaped"):
+        return _reap_unless_alive(segment, force=force)
+
+
+def _reap_unless_alive(segment: SegmentName, *, force: bool) -> Reaped | None:
     try:
         fd = segments.open_object(segment.data, writable=True)
     except FileNotFoundError:
@@ -94,14 +106,15 @@ def reap_segment(segment: SegmentName, *, force: bool = False) -> Reaped | None:
 
 def is_alive(segment: SegmentName) -> bool:
     """Whether the writer of this arena lives: it holds the life lock. False when it is gone."""
-    try:
-        fd = segments.open_object(segment.data, writable=False)
-    except FileNotFoundError:
-        return False
-    try:
-        return is_locked(fd, fcntl.F_RDLCK, 0, 1)
-    finally:
-        os.close(fd)
+    with named(f"the life of {segment.data}"):
+        try:
+            fd = segments.open_object(segment.data, writable=False)
+        except FileNotFoundError:
+            return False
+        try:
+            return is_locked(fd, fcntl.F_RDLCK, 0, 1)
+        finally:
+            os.close(fd)
 
 
 def remove_files(segment: SegmentName) -> None:

@@ -198,6 +198,21 @@ def actor(name: str, tmp_path: Path) -> Iterator[Callable[..., Actor]]:
     assert not failures
 
 
+@pytest.fixture
+def private_shm(actor: Callable[..., Actor]) -> Callable[..., Actor]:
+    """Start an actor in a mount namespace of its own with a small /dev/shm."""
+
+    def start(code: str, options: str = "size=8m", **facts: Any) -> Actor:
+        mount = f'mount -t tmpfs -o {options} tmpfs {SHM} && exec "$@"'
+        prefix = ("unshare", "-m", "sh", "-c", mount, "sh")
+        allowed = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+        if allowed.returncode:
+            pytest.skip(f"no mount namespace here: {allowed.stderr.decode().strip()}")
+        return actor(code, prefix=prefix, **facts)
+
+    return start
+
+
 WRITER = """
     arena = Arena.create(NAME, LAYOUT, capacity="2MiB", slots=16)
     sealed = [add(arena, f"rid-{index}") for index in range(3)]

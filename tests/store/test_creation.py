@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import stat
-import subprocess
 
 import msgpack
 import pytest
@@ -27,7 +25,6 @@ from shmroute.arena import parse_size
 from shmroute.segments import check_arena_name, parse_segment
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-TMPFS = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$@"', "sh")
 
 
 # -- memory ------------------------------------------------------------------------------------
@@ -45,17 +42,8 @@ def test_the_capacity_is_all_that_an_arena_takes(make_arena, files):
     assert sum(path.stat().st_blocks * 512 for path in files()) <= (4 << 20) + (8 * 16384)
 
 
-@pytest.fixture
-def small_shm(actor):
-    """Start an actor in a mount namespace of its own with an 8 MiB /dev/shm."""
-    allowed = subprocess.run([*TMPFS, "true"], capture_output=True, check=False)
-    if allowed.returncode:
-        pytest.skip(f"no mount namespace here: {allowed.stderr.decode().strip()}")
-    return lambda code: actor(code, prefix=TMPFS)
-
-
-def test_a_dev_shm_that_is_too_small_is_arena_too_small_with_figures_and_remedy(small_shm):
-    said = small_shm("""
+def test_a_dev_shm_that_is_too_small_is_arena_too_small_with_figures_and_remedy(private_shm):
+    said = private_shm("""
         try:
             Arena.create(NAME, LAYOUT, capacity="16MiB", slots=16)
         except ArenaTooSmall as error:
@@ -68,8 +56,8 @@ def test_a_dev_shm_that_is_too_small_is_arena_too_small_with_figures_and_remedy(
     assert said["left"] == []
 
 
-def test_memory_that_is_gone_when_it_is_taken_is_arena_too_small(small_shm):
-    said = small_shm("""
+def test_memory_that_is_gone_when_it_is_taken_is_arena_too_small(private_shm):
+    said = private_shm("""
         from shmroute import segments
         # The check before saw free memory that somebody else then took.
         segments.memory_available = lambda: (1 << 40, "nothing")
@@ -82,8 +70,8 @@ def test_memory_that_is_gone_when_it_is_taken_is_arena_too_small(small_shm):
     assert said["left"] == []
 
 
-def test_a_dev_shm_that_is_just_large_enough_is_used(small_shm):
-    said = small_shm("""
+def test_a_dev_shm_that_is_just_large_enough_is_used(private_shm):
+    said = private_shm("""
         with Arena.create(NAME, LAYOUT, capacity="7MiB", slots=16) as arena:
             with ShmRouteReader(add(arena, "r").ticket) as routes:
                 say(intact=is_intact(routes))
@@ -396,68 +384,3 @@ def test_a_mutated_record_is_a_named_error_or_lies_within_the_heap(arena, data):
         pass
     finally:
         memory.data[row : row + 192], memory.heap[: rows.extent_bytes] = before
-
-
-# -- descriptors -------------------------------------------------------------------------------
-
-NO_DESCRIPTORS = """
-    import resource
-    HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    def limit(descriptors):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, HARD))
-"""
-
-
-def test_a_writer_without_descriptors_is_lease_unavailable_and_loses_nothing(actor):
-    code = (
-        NO_DESCRIPTORS
-        + """
-    arena = Arena.create(NAME, LAYOUT, capacity="2MiB", slots=16)
-    limit(0)
-    try:
-        arena.reserve("r", tokens=20)
-    except LeaseUnavailable as error:
-        said = str(error)
-    limit(100)
-    allocator = arena.writer._allocator
-    say(error=said, free=allocator.free_bytes == allocator.total,
-        slots=len({add(arena, f"r{i}").slot for i in range(16)}))
-    arena.close()
-    """
-    )
-    said = actor(code).hear()
-    assert "raise the limit (ulimit -n)" in said["error"]
-    assert said["free"]
-    assert said["slots"] == 16
-
-
-def test_a_reader_without_descriptors_is_lease_unavailable_and_can_try_again(arena, actor, text):
-    tickets = [text(add(arena, f"rid-{index}").ticket) for index in range(2)]
-    code = (
-        NO_DESCRIPTORS
-        + """
-    ShmRouteReader(TICKETS[0]).close()
-    limit(0)
-    try:
-        ShmRouteReader(TICKETS[1])
-    except LeaseUnavailable as error:
-        said = str(error)
-    limit(100)
-    say(error=said, intact=is_intact(ShmRouteReader(TICKETS[1])))
-    """
-    )
-    said = actor(code, TICKETS=tickets).hear()
-    assert "raise the limit (ulimit -n)" in said["error"]
-    assert said["intact"]
-
-
-def test_lease_files_are_closed_when_idle(make_arena):
-    arena = make_arena(slots=1024)
-    records = [add(arena, f"rid-{index}", tokens=1) for index in range(1024)]
-    ShmRouteReader(records[0].ticket).close()  # maps this arena and forgets removed ones
-    gc.collect()  # and their descriptors go
-    before = len(os.listdir("/proc/self/fd"))
-    held = [ShmRouteReader(record.ticket) for record in records]
-    assert len(os.listdir("/proc/self/fd")) == before + 4  # four lease files
-    held.clear()
-    assert len(os.listdir("/proc/self/fd")) == before
