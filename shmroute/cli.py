@@ -265,7 +265,8 @@ def _described(report: ArenaReport, use: SlotUse) -> list[tuple[str, str]]:
             "records ever",
             f"{counters['sealed']:,} sealed, {counters['failed']:,} failed, "
             f"{counters['incomplete']:,} incomplete, {counters['released']:,} released and "
-            f"reclaimed, {counters['evicted']:,} evicted",
+            f"reclaimed, {counters['evicted']:,} evicted; "
+            f"{counters['kept_by_leases']:,} times kept by a reader's lease",
         ),
         (
             "rows ever",

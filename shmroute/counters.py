@@ -59,6 +59,8 @@ NAMES = (
     "page_locked_bytes",
     "table_device_bytes",
     "inline_unlocked",
+    # of the store again: times that a lease kept what was released or expired
+    "kept_by_leases",
 )
 _INDEX = {name: index for index, name in enumerate(NAMES)}
 

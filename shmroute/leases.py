@@ -25,6 +25,9 @@ Traps, and where they are closed
       parent, which still has the description open).
     - A view can be collected at any moment, also inside these very methods:
       ``SharedLeases.drop`` only queues when the lock is taken.
+    - The kernel needs memory to unlock, too, and may have none (ENOLCK). Then the lease is kept
+      and unlocked later: by the next of this process's leases that ends, or by the writer's
+      next seal. Closing a descriptor needs none.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from .errors import LeaseUnavailable
+from .refusals import raise_named
 from .segments import open_object
 
 logger = logging.getLogger("shmroute")
@@ -72,6 +76,7 @@ def _set_lock(fd: int, request: bytes) -> bool:
         except OSError as error:
             if error.errno in _BUSY:
                 return False
+            raise_named(error, "the lock of a lease")
             raise LeaseUnavailable(
                 error.errno, f"the kernel refused a lock ({os.strerror(error.errno or 0)})"
             ) from error
@@ -98,12 +103,7 @@ def open_lease_file(name: str, *, writable: bool) -> int:
     try:
         return open_object(name, writable=writable)
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise LeaseUnavailable(
-                error.errno,
-                f"no file descriptor left for lease file {name}: raise the limit (ulimit -n), "
-                "or release records sooner (one descriptor serves 256 slots)",
-            ) from error
+        raise_named(error, f"lease file {name}")
         raise
 
 
@@ -125,9 +125,14 @@ class ExclusiveLeases:
             fd = self._fds[index] = open_lease_file(self._file_name(index), writable=True)
         return _set_lock(fd, _EXCLUSIVE[byte])
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int) -> bool:
+        """Give the slot's lease back; False when the kernel cannot, and it is still held."""
         index, byte = divmod(slot, SLOTS_PER_FILE)
-        _set_lock(self._fds[index], _UNLOCK[byte])
+        try:
+            return _set_lock(self._fds[index], _UNLOCK[byte])
+        except LeaseUnavailable as error:
+            logger.error("the writer keeps its lease on slot %d for now: %s", slot, str(error))
+            return False
 
     def close(self) -> None:
         """Close every descriptor; the kernel drops the leases unless a parent shares them."""
@@ -210,8 +215,14 @@ class SharedLeases:
                     slot = self._dropped.popleft()
                     if self._was_last(slot):
                         ended.append(slot)
-                for index, byte, length in _ranges(sorted(ended)):
-                    self._unlock(index, byte, length)
+                ranges = [*_ranges(sorted(ended))]
+                try:
+                    while ranges:
+                        self._unlock(*ranges[-1])
+                        ranges.pop()
+                except LeaseUnavailable as error:
+                    self._keep(ranges, error)
+                    return
 
     def _was_last(self, slot: int) -> bool:
         """Give back one lease; whether nobody else here has another on the slot."""
@@ -225,11 +236,26 @@ class SharedLeases:
         return True
 
     def _unlock(self, index: int, byte: int, length: int) -> None:
-        self._held_in[index] -= length
-        if self._held_in[index]:
-            lock_range(self._fds[index], fcntl.F_UNLCK, byte, length)
-        else:
+        if self._held_in[index] == length:
             self._close(index)
+        else:
+            lock_range(self._fds[index], fcntl.F_UNLCK, byte, length)
+            self._held_in[index] -= length
+
+    def _keep(self, ranges: list[tuple[int, int, int]], error: LeaseUnavailable) -> None:
+        """Hold what cannot be unlocked now, to be dropped again by the next ``_drain``."""
+        ending: dict[int, list[int]] = {}
+        for index, byte, length in ranges:
+            first = index * SLOTS_PER_FILE + byte
+            ending.setdefault(index, []).extend(range(first, first + length))
+        for index, slots in ending.items():
+            if self._held_in[index] == len(slots):
+                self._close(index)
+                continue
+            # As text: an error that a log keeps has frames, and with them their callers' views.
+            logger.error("%d leases are kept for now: %s", len(slots), str(error))
+            self._counts.update(dict.fromkeys(slots, 1))
+            self._dropped.extend(slots)
 
     def _close(self, index: int) -> None:
         del self._held_in[index]
@@ -246,7 +272,7 @@ class SharedLeases:
                 logger.error(
                     "fork without a lease of its own for the child (%s): its views of slots "
                     "%d to %d are safe only while the parent holds them",
-                    error,
+                    str(error),
                     index * SLOTS_PER_FILE,
                     (index + 1) * SLOTS_PER_FILE - 1,
                 )

@@ -24,7 +24,7 @@ Races, and where they are closed
     - A reader that comes late, with a ticket of an earlier life of the slot: generations are
       never reused, so its generation cannot be in the word again.
     - A reclaim between a seal's steps 3 and 4, which its own process's lock does not stop:
-      ``_unlocking`` names the slot.
+      ``_unlocking`` has the slot.
     - The writer dies anywhere: the word is odd and the lease is free (unsealed, never
       handed out), or the word is even and everything it covers was written before it.
 
@@ -146,7 +146,7 @@ class RecordWriter:
         self._freed: deque[tuple[int, int, int]] = deque()
         # Their difference is what waits in ``_freed``; each has one side that writes it.
         self._bytes_failed = self._bytes_recycled = self._bytes_taken_back = 0
-        self._unlocking = -1  # the slot whose even word is stored and whose lease is still held
+        self._unlocking: set[int] = set()  # slots sealed whose lease is still held
         self._closed = False
         self._swept = 0
         self._reserving = threading.Lock()
@@ -301,7 +301,8 @@ class RecordWriter:
         # What comes free need not lie together: go on until one piece is large enough.
         while left > 0 and rounds and not self._has_room(size):
             rounds -= 1
-            evicted = self.evict_expired(until_bytes=size, limit=left)
+            lacking = size if self._allocator.largest < size else 1  # else only a slot is
+            evicted = self.evict_expired(until_bytes=lacking, limit=left)
             if not evicted:
                 break
             left -= evicted
@@ -339,12 +340,15 @@ class RecordWriter:
             if not record.complete:
                 self._sealing_counters.add("rows_missing", metadata.missing_rows)
                 self._sealing_counters.add("incomplete")
-            self._unlocking = record.slot  # before the even word: see ``_recycle``
-            try:
-                self._words[record.slot] = record.generation
-                self._leases.release(record.slot)
-            finally:
-                self._unlocking = -1
+            self._unlocking.add(record.slot)  # before the even word: see ``_recycle``
+            self._words[record.slot] = record.generation
+            self._unlock_sealed()
+
+    def _unlock_sealed(self) -> None:
+        """Let readers at what is sealed, also at what the kernel could not unlock before."""
+        for slot in list(self._unlocking):
+            if self._leases.release(slot):
+                self._unlocking.discard(slot)
 
     def _check_open(self, record: Reservation) -> None:
         if self._closed:
@@ -411,6 +415,7 @@ class RecordWriter:
     def abandon(self) -> None:
         """The same in a fork of the writer, where a lock's owner may not exist."""
         self._closed = True
+        self._unlocking.clear()
         self._leases.close()
 
     def _give_back(self, slot: int) -> int:
@@ -420,7 +425,7 @@ class RecordWriter:
         """
         offset, size = self._extent_of[slot]
         self._words[slot] = 0
-        self._leases.release(slot)
+        self._leases.release(slot)  # if it cannot be: the slot's next record has it already
         self._freed.append((slot, offset, size))
         return size
 
@@ -467,6 +472,9 @@ class RecordWriter:
 
         It takes breaks, in which the reserving thread runs: see ``_with_breaks``.
         """
+        if self._unlocking:
+            with self._sealing:
+                self._unlock_sealed()
         for slots in _with_breaks(self._released()):
             self._recycle_all(slots, "released")
         if self._is_scarce():
@@ -510,7 +518,10 @@ class RecordWriter:
         # unlock would hit the slot's next record. Looked at after the word. Not the sealing
         # side's lock: it lets go of the interpreter while it holds that one, so whoever ran
         # then would find nothing to recycle.
-        if slot == self._unlocking or not self._leases.try_acquire(slot):
+        if slot in self._unlocking:
+            return False
+        if not self._leases.try_acquire(slot):
+            self._reclaiming_counters.add("kept_by_leases")
             return False
         # Under the exclusive lease nobody reads or releases: what is true now stays true. The
         # caller's scan may be of an earlier record in this slot.

@@ -169,7 +169,7 @@ def test_reclaiming_during_a_seal_takes_other_records_and_leaves_that_one(make_a
         monkeypatch.undo()
         assert arena.memory.words[slot] == record.generation
         recycled.extend([writer.reclaim(), writer.evict_expired()])
-        original(self, slot)
+        return original(self, slot)
 
     monkeypatch.setattr(ExclusiveLeases, "release", unlock)
     record.seal()
