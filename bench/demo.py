@@ -4,8 +4,8 @@
 
 What happens
     1 A small random-weight MoE with a tokenizer is made, without a download.
-    2 The real SGLang HTTP server starts with ``--shmroute-arena``, on the CPU, so that it
-      runs anywhere, in shadow mode: it compares every record with SGLang's own host cache.
+    2 The real SGLang HTTP server starts with ``--shmroute-arena``, on the GPU if torch sees one,
+      else on the CPU, in shadow mode: it compares every record with SGLang's own host cache.
     3 Concurrent requests go over HTTP: shared prompt prefixes, two turns, many lengths, one
       prompt long enough for chunked prefill. A second process (``demo_trainer.py``), told
       only rids, reads the routes of each.
@@ -47,6 +47,7 @@ from engine_process import (
     inodes_in_use,
     shared_memory_files,
 )
+from engine_setup import has_gpu
 from result_file import exit_code, write
 from trainer_process import TrainerError, TrainerProcess
 
@@ -61,6 +62,15 @@ SERVER_ARGS = (
     "--chunked-prefill-size=512",
     "--sleep-on-idle",  # or a scheduler that waits takes a core from whoever is timed
     "--random-seed=1",
+)
+# Beside a GPU's other users, and without what takes most of a start.
+GPU_ARGS = (
+    "--attention-backend=triton",
+    "--moe-runner-backend=triton",
+    "--sampling-backend=pytorch",
+    "--cuda-graph-backend-prefill=disabled",
+    "--max-running-requests=32",
+    "--mem-fraction-static=0.5",
 )
 
 
@@ -77,6 +87,7 @@ class Demo:
     def __init__(self, *, quick: bool) -> None:
         self.steps = Steps()
         self.quick = quick
+        self.gpu = has_gpu()
         self.arena = f"demo-{os.getpid()}"
         self._before = set(shared_memory_files().values())
         self.folder = Path(tempfile.mkdtemp(prefix="shmroute-demo-"))
@@ -140,7 +151,7 @@ class Demo:
             expert_pairs=experts["pairs"],
             largest_ticket=max(one.route_bytes for one, _ in (*at_once, *alone)),
             left_in_shm=len(self.left_in_shm()),
-            where="on the CPU",
+            where="on the GPU" if self.gpu else "on the CPU",
         )
 
     def _make_model(self) -> Path:
@@ -155,8 +166,9 @@ class Demo:
                 num_experts=EXPERTS,
                 top_k=TOP_K,
                 layers=LAYERS,
-                hidden=64,  # small, since a CPU runs it
-                expert_width=16,
+                # Small, since a CPU runs it; a GPU's kernels want more.
+                hidden=256 if self.gpu else 64,
+                expert_width=64 if self.gpu else 16,
             )
 
     def _make_conversations(self, model: Path) -> tuple[list[Conversation], list[Conversation]]:
@@ -172,7 +184,9 @@ class Demo:
         server = ServerProcess(
             model,
             *SERVER_ARGS,
+            *(GPU_ARGS if self.gpu else ()),
             *args,
+            cpu=not self.gpu,
             # The user's own settings must not turn the plain server into another one.
             env={name: "" for name in os.environ if name.startswith("SHMROUTE_")},
             log=self.folder / f"server-{len(self._servers) + 1}.log",
