@@ -66,6 +66,22 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def stop(when: str, owner: Any, function: str) -> None:
+    """Let this process be stopped (SIGSTOP) right before or after its next call of a step."""
+    original = getattr(owner, function)
+
+    def step(*arguments: Any, **options: Any) -> Any:
+        setattr(owner, function, original)
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        result = original(*arguments, **options)
+        if when == "after":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return result
+
+    setattr(owner, function, step)
+
+
 def die_after(module: Any, function: str, calls: int = 1) -> None:
     """Let this process be killed right after the ``calls``-th call of a step."""
     original, made = getattr(module, function), 0

@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from actors import LAYOUT
+from forked import ForkServer
 
 from shmroute import Arena, reaper, segments
 
@@ -135,6 +137,20 @@ class Actor:
         self.process.kill()
         self.process.wait()
 
+    def stopped(self) -> None:
+        """Wait until it has come to where it stops itself, or was stopped."""
+        until = time.monotonic() + 60
+        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < until, f"the actor did not stop: {self.errors()}"
+            time.sleep(1e-3)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        self.stopped()
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
     def wait(self) -> int:
         """Wait until it ends by itself; returns its exit status."""
         return self.process.wait(timeout=60)
@@ -146,6 +162,7 @@ class Actor:
         """Let it end; what it wrote to its standard error is an error of the test."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.go_on()  # a stopped one cannot hear
         self.process.stdin.close()
         try:
             self.process.wait(timeout=10)
@@ -260,3 +277,11 @@ def reader(actor: Callable[..., Actor]) -> Callable[..., Actor]:
 def text() -> Callable[[bytes], str]:
     """A ticket as it stands in a response."""
     return lambda ticket: base64.b64encode(ticket).decode()
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    """Start a process of a role in 5 ms: ``fork_server.start("module.Class")``."""
+    server = ForkServer()
+    yield server
+    server.close()
