@@ -293,6 +293,14 @@ def test_eviction_goes_on_until_one_piece_is_large_enough(make_arena):
     assert arena.reserve("large", tokens=3 * tokens)
 
 
+def test_a_slot_that_lacks_costs_one_expired_record_however_large_the_new_one(make_arena):
+    arena = make_arena(retention=0.0, slots=16)
+    for index in range(16):
+        add(arena, f"rid-{index}", tokens=1)
+    add(arena, "large", TOKENS)
+    assert read_counters(arena.memory.counters)["evicted"] == 1
+
+
 def test_maintain_keeps_an_eighth_free_of_expired_records(make_arena):
     arena = make_arena(retention=0.0)
     for index in range(12):
