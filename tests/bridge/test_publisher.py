@@ -426,9 +426,11 @@ def test_a_record_is_not_sealed_before_its_rows_are_there(make_bridge: Make) -> 
     bridge = make_bridge(table=HeldTable, gatherer=EarlyGatherer)
     ticket, rows = bridge.serve("held", 20)
     bridge.publisher.flush()
-    with pytest.raises(shmroute.RouteTimeout):
-        ShmRouteReader(ticket, timeout=0.05)
-    bridge.table.held.set()
+    try:
+        with pytest.raises(shmroute.RouteTimeout):
+            ShmRouteReader(ticket, timeout=0.05)
+    finally:
+        bridge.table.held.set()
     with ShmRouteReader(ticket) as routes:
         np.testing.assert_array_equal(routes.numpy(), rows)
 

@@ -316,6 +316,30 @@ def test_a_step_s_snapshots_wait_for_the_gather_of_the_step_before(make_bridge: 
     check(served)
 
 
+def test_a_gather_waits_for_a_snapshot_that_comes_late(make_bridge: Make) -> None:
+    """Until then other requests' locations are in its place, or none."""
+    bridge = make_bridge()
+    ids, locations = bridge.forwards.token_ids(500), bridge.forwards.locations(500)
+    captured = bridge.forwards.run(ids, locations)
+    bridge.req_to_token[0, :500] = torch.from_numpy(locations).to(DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)
+    taken = bridge.gatherer.snapshot(bridge.req_to_token, 0, 0, 500)
+    assert not bridge.gatherer._aside
+    ticket = bridge.publisher.collect(Finished("late", 0, 500, 1, taken, token_ids=lambda: ids))
+    bridge.flush()
+    check([(ticket, bridge.forwards.rows(captured))])
+
+
+def test_a_lane_is_not_filled_again_before_its_copy_is_done(make_bridge: Make) -> None:
+    bridge = make_bridge(staging=256 << 10)  # four lanes of 682 rows
+    served = [bridge.serve("long", 9000)]
+    with torch.cuda.stream(bridge.gatherer._copy_stream):
+        torch.cuda._sleep(200_000_000)
+    bridge.flush()
+    check(served)
+
+
 def test_a_snapshot_does_not_wait_for_the_forward_that_was_launched_meanwhile(
     make_bridge: Make,
 ) -> None:

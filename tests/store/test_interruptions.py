@@ -109,12 +109,12 @@ def test_records_that_expire_as_they_are_sealed_are_whole_or_gone(make_arena):
     assert count > 10
 
 
-def in_child(work) -> int:
+def in_child(work, seconds=10) -> int:
     """Exit status of a forked child that runs ``work``; -SIGALRM when it hung."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(10)
+        signal.alarm(seconds)
         status = 1
         try:
             work()
@@ -158,7 +158,7 @@ def test_a_child_finds_arenas_that_another_thread_of_its_parent_was_looking_for(
     """The lock that it held at the fork has no owner in the child."""
     add(arena, "rid")
     with attached._lock:
-        assert in_child(lambda: ShmRouteReader("rid", arena=arena.name).close()) == 0
+        assert in_child(lambda: ShmRouteReader("rid", arena=arena.name).close(), seconds=5) == 0
 
 
 def test_a_child_without_a_descriptor_of_its_own_drops_nothing_of_its_parent(arena):

@@ -131,6 +131,17 @@ def test_a_released_record_is_route_gone_after_its_slot_holds_another(make_arena
         ShmRouteReader("r", arena=arena.name, timeout=0)
 
 
+def test_an_evicted_record_is_route_gone_after_its_slot_holds_the_like(make_arena):
+    """Nobody released it, and the slot's next record has its rid and its shape."""
+    arena = make_arena(slots=1, retention=0.0)
+    evicted, record = add(arena, "r"), add(arena, "r")
+    assert record.slot == evicted.slot
+    with pytest.raises(RouteGone):
+        ShmRouteReader(evicted.ticket)
+    with ShmRouteReader(record.ticket) as routes:
+        assert is_intact(routes)
+
+
 def test_a_released_record_has_not_the_failure_of_another_in_the_same_slot(make_arena):
     arena = make_arena(slots=1)
     arena.reserve("failing", tokens=1).fail("a CUDA error")
