@@ -25,19 +25,45 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
         return False
 
     def post_load_model(self, model: torch.nn.Module) -> None:
-        """Let DeepSeek models prefill.
+        # Imports are inside: the modules need the model runner, which makes this platform.
+        _let_deepseek_prefill()
+        _let_dp_attention_run()
 
-        For a backend without an entry SGLang expands the latent keys when no prefix is
-        cached, but the torch-native backend attends to what the cache holds, which is
-        latent keys: only the absorbed form fits them.
-        """
-        # Imported here: the module needs the model runner, which makes this platform.
-        from sglang.srt.models.deepseek_common import attention_backend_handler as handler
 
-        def absorbed(*_: Any) -> Any:
-            return handler.AttnForwardMethod.MLA
+def _let_deepseek_prefill() -> None:
+    """Let DeepSeek models prefill.
 
-        handler.AttentionBackendRegistry.register("torch_native", absorbed)
+    For a backend without an entry SGLang expands the latent keys when no prefix is
+    cached, but the torch-native backend attends to what the cache holds, which is
+    latent keys: only the absorbed form fits them.
+    """
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handler
+
+    def absorbed(*_: Any) -> Any:
+        return handler.AttnForwardMethod.MLA
+
+    handler.AttentionBackendRegistry.register("torch_native", absorbed)
+
+
+def _let_dp_attention_run() -> None:
+    """Let data-parallel ranks pass their tokens to one another on a CPU.
+
+    SGLang has forms for a CPU and takes them where it finds its compiled CPU kernels. Without
+    them it copies with Triton, page-locks through CUDA, and gathers with operators that are
+    registered for another device. Before 0.5.23 it has no such forms: there DP attention ends
+    with an error of SGLang's.
+    """
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers import dp_attention
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.model_executor import forward_batch_info
+
+    if not hasattr(dp_attention, "memcpy_cpu"):
+        return
+    dp_attention.memcpy_func = dp_attention.memcpy_cpu
+    forward_batch_info._is_cpu = parallel_state._is_cpu = True
+    # Length of a request that only pads a rank's batch to the length of another's.
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda _: 1
 
 
 def pageable_memory(dims: tuple[int, ...], dtype: torch.dtype, *_: Any, **__: Any) -> torch.Tensor:
