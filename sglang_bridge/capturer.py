@@ -7,6 +7,17 @@ a host cache at each step, one scatter into the route table.
 Every rank has one, since models branch on whether a capturer exists and some capture with
 collectives. Only the owner (pipeline, attention-TP and attention-CP rank 0) has a table
 and an arena.
+
+With DP attention that is one owner a DP rank, and MoE layers run on the tokens of all ranks, so
+that each rank captures everybody's routes, rank after rank::
+
+    eager          | rank 0's tokens | rank 1's | ...   padded to their own lengths (SUM_LEN) or
+                                                        to the longest of them (MAX_LEN)
+    decode graph   | rank 0's | rank 1's | ...          all padded to the batch of the graph
+
+A rank takes its own rows, which SGLang finds right in these two cases (``_get_local_slice``), and
+puts -1 into all of them. With a prefill graph SGLang takes the decode graph's batch for the
+length of a rank's part, so those are refused with DP attention.
 """
 
 from __future__ import annotations
@@ -16,6 +27,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
 from sglang.srt.state_capturer.base import BaseDeviceCache
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
@@ -74,6 +86,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             name="routed_experts",
         )
         self.device_cache.buffer.fill_(-1)
+        self._shares_buffer = is_dp_attention_enabled()
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
         self._num_tokens = num_tokens
@@ -178,6 +191,11 @@ class ArenaCapturer(RoutedExpertsCapturer):
         captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
         entry, self._entry = self._entry, None
         self._scatter(self.publisher, captured, entry)
+        if self._shares_buffer:
+            # What other ranks' tokens left here would show where, next time, ours are in a layer
+            # that does not capture.
+            rows = rows_of_all_ranks(forward_batch, can_run_graph, cuda_graph_batch)
+            self.device_cache.buffer[:rows].fill_(-1)
         return ForwardMark(self.publisher, entry, native)
 
     def _scatter(self, publisher: Publisher, captured: torch.Tensor, entry: _Entry | None) -> None:
@@ -289,7 +307,22 @@ def largest_forward(max_running_requests: int, context_length: int) -> int:
     chunk = schedule.chunked_prefill_size
     if chunk is None or chunk <= 0:
         chunk = max(schedule.max_prefill_tokens, context_length)
-    return int((chunk + max_running_requests) * ranks)
+    # Each rank's part is padded to a multiple of its attention-TP ranks.
+    part = chunk + max_running_requests + get_parallel().attn_tp_size - 1
+    return int(part * ranks)
+
+
+def rows_of_all_ranks(forward_batch: Any, can_run_graph: bool, cuda_graph_batch: int | None) -> int:
+    """Rows of the capture buffer, from the first on, that a forward under DP attention wrote.
+
+    The arguments are those of ``on_forward_end``: ``cuda_graph_batch`` is the batch that the last
+    replayed decode graph was captured for.
+    """
+    lengths = forward_batch.global_num_tokens_cpu
+    if not can_run_graph:
+        return int(sum(lengths))
+    assert cuda_graph_batch is not None
+    return cuda_graph_batch * len(lengths)
 
 
 def _is_owner() -> bool:

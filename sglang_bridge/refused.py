@@ -53,7 +53,20 @@ REFUSALS = (
         ),
         "routes are gathered inside it (--disable-flashinfer-cutlass-moe-fp4-allgather)",
     ),
-    Refusal("DP attention", lambda a: a.enable_dp_attention or a.attn_dp_size > 1, _UNTESTED),
+    Refusal(
+        "DP attention with prefill CUDA graphs",
+        lambda a: (
+            (a.enable_dp_attention or a.attn_dp_size > 1)
+            and a.cuda_graph_config.prefill.backend != "disabled"
+        ),
+        "SGLang looks for a rank's rows where a decode graph would have put them "
+        "(--disable-prefill-cuda-graph)",
+    ),
+    Refusal(
+        "elastic EP",
+        lambda a: a.elastic_ep_backend,
+        "the ranks whose tokens share a capture buffer change while it runs",
+    ),
     Refusal("DWDP", lambda a: a.dwdp_size > 1, _UNTESTED),
     Refusal("hierarchical cache", lambda a: a.enable_hierarchical_cache, _KV_WITHOUT_FORWARD),
     Refusal("LMCache", lambda a: a.enable_lmcache, _KV_WITHOUT_FORWARD),

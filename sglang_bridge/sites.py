@@ -159,6 +159,7 @@ ATTRIBUTES = {
         "out_cache_loc",
         *(() if _OLDER else ("out_cache_loc_virtual",)),
         "contains_mm_inputs",
+        "global_num_tokens_cpu",
     ),
     "sglang.srt.layers.moe.topk.TopKConfig": (
         "top_k",

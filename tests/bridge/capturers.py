@@ -36,7 +36,7 @@ class WithoutModel(ArenaCapturer):
         self.publisher, self.host_cache = publisher, host_cache
         self.shadow = host_cache is not None
         self.epochs, self.table = WeightEpochs(), table
-        self._entry, self._multimodal = None, True
+        self._entry, self._shares_buffer, self._multimodal = None, False, True
 
     def forward(self, batch: Any, captured: torch.Tensor) -> Any:
         """One forward; returns what rides with its result through SGLang's overlap."""

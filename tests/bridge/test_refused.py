@@ -35,10 +35,17 @@ ON: dict[str, list[dict[str, Any]]] = {
         }
         for parallel in ({"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2})
     ],
-    "DP attention": [
-        {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2},
-        {"attn_dp_size": 2, "tp_size": 2},
+    "DP attention with prefill CUDA graphs": [
+        {
+            **parallel,
+            "tp_size": 2,
+            "attention_backend": "triton",
+            "cuda_graph_backend_prefill": graphs,
+        }
+        for parallel in ({"enable_dp_attention": True, "dp_size": 2}, {"attn_dp_size": 2})
+        for graphs in ("full", "breakable")
     ],
+    "elastic EP": [{"elastic_ep_backend": "mooncake", "tp_size": 2}],
     "DWDP": [{"dwdp_size": 2, "tp_size": 2}],
     "hierarchical cache": [{"enable_hierarchical_cache": True}],
     "LMCache": [{"enable_lmcache": True}],
@@ -89,9 +96,8 @@ def resolve(sglang: SimpleNamespace, checkpoint: Path) -> Any:
     def resolve(**given: Any) -> Any:
         arguments = sglang.ServerArgs(
             model_path=str(checkpoint),
-            attention_backend="torch_native",
             skip_tokenizer_init=True,
-            **{"device": "cpu", **given},
+            **{"device": "cpu", "attention_backend": "torch_native", **given},
         )
         try:
             arguments.resolve_once()
@@ -112,7 +118,19 @@ def test_an_engine_without_any_of_them_is_not_refused(resolve: Any) -> None:
     refuse_features(resolve())
     refuse_features(resolve(tp_size=2))
     refuse_features(resolve(dp_size=2))
+    refuse_features(resolve(dp_size=2, tp_size=2, enable_dp_attention=True))
     refuse_features(resolve(enable_mixed_chunk=True, chunked_prefill_size=512, page_size=16))
+
+
+def test_dp_attention_is_not_refused_once_prefill_graphs_are_off_as_the_refusal_says(
+    resolve: Any,
+) -> None:
+    shared = {"tp_size": 2, "attn_dp_size": 2, "device": "cuda", "attention_backend": "triton"}
+    with pytest.raises(StartRefused, match="--disable-prefill-cuda-graph"):
+        refuse_features(resolve(**shared, cuda_graph_backend_prefill="breakable"))
+    decode_graphs = resolve(**shared, disable_prefill_cuda_graph=True)
+    assert decode_graphs.cuda_graph_config.decode.backend == "full"
+    refuse_features(decode_graphs)
 
 
 @pytest.mark.parametrize(
