@@ -50,8 +50,8 @@ def _let_dp_attention_run() -> None:
 
     SGLang has forms for a CPU and takes them where it finds its compiled CPU kernels. Without
     them it copies with Triton, page-locks through CUDA, and gathers with operators that are
-    registered for another device. Before 0.5.23 it has no such forms: there DP attention ends
-    with an error of SGLang's.
+    registered for another device. An older one (0.5.17) has no such forms, and its DP attention
+    does not run on a CPU.
     """
     from sglang.srt.distributed import parallel_state
     from sglang.srt.layers import dp_attention
