@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import sys
 import threading
 import time
@@ -85,6 +87,40 @@ def test_views_that_are_collected_during_opens_drop_their_lease_once(arena, toge
     gc.collect()
     assert leases().held() == 0
     release(record.ticket)
+    assert arena.writer.reclaim() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_forks_amid_opens_and_closes_give_each_child_leases_of_its_own(arena, together, leases):
+    """Whatever the other threads were in the middle of."""
+    records = [add(arena, f"rid-{index}") for index in range(3)]
+    kept = ShmRouteReader(records[0].ticket)
+
+    def open_and_close():
+        for record in records:
+            with ShmRouteReader(record.ticket) as routes:
+                assert is_intact(routes)
+
+    def read_in_child():
+        with ShmRouteReader(records[1].ticket) as routes:
+            return is_intact(routes) and is_intact(kept)
+
+    def fork():
+        if (child := os.fork()) == 0:
+            signal.alarm(20)
+            status = 1
+            try:
+                status = not read_in_child()
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    together(*[open_and_close] * 3, fork)
+    release([record.ticket for record in records])
+    assert arena.writer.reclaim() == 2
+    assert is_intact(kept)
+    kept.close()
+    assert leases().held() == 0
     assert arena.writer.reclaim() == 1
 
 
