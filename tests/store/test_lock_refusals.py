@@ -225,9 +225,11 @@ def add_after_release(arena, readers):
     return add(arena, "shared").ticket
 
 
-def test_the_last_leases_of_a_file_need_no_unlock(held, refused):
+@pytest.mark.parametrize("slots", [range(8), (1, 4, 6)], ids=["neighbours", "apart"])
+def test_the_last_leases_of_a_file_need_no_unlock(held, refused, slots):
     arena, readers = held
-    refused(readers.clear)
+    readers[:] = [readers[slot] for slot in slots]
+    refused(lambda: [readers.pop().close() for _ in slots])
     assert attach(arena.segment).leases.held() == 0
     assert arena.writer.reclaim() == 8
 
