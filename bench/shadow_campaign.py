@@ -15,7 +15,6 @@ of Qwen3-30B-A3B on the GPU), since with SGLang's dummy weights all tokens route
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
@@ -36,12 +35,13 @@ import result_file
 import shadow_faults
 from engine_setup import has_gpu, write_model
 from result_file import Row
+from shadow_traffic import Client, attention_ranks, bulk, mixed, paused, reuse
 from small_models import deepseek_v3, qwen3_moe
 
 import shmroute
-from shmroute import RouteFailed, ShmRouteReader, inspection
+from shmroute import inspection
 
-Outputs = list[dict[str, Any]]
+Counters = dict[str, int]
 
 _SECONDS = 300
 _RETRACTION = "Retract requests"
@@ -65,6 +65,8 @@ class Case:
         Names of ``shadow_faults`` to put in.
     finds
         The fault must make rows differ, or their tags.
+    arenas
+        One for each data-parallel rank; all of them must have served requests.
     """
 
     about: str
@@ -74,137 +76,7 @@ class Case:
     rows: int = 2000
     faults: tuple[str, ...] = ()
     finds: bool = False
-
-
-class Client:
-    """Requests to the engine; every record is opened, checked and released."""
-
-    def __init__(
-        self, engine: Any, vocabulary: int, *, allow_missing: bool = False, seed: int = 0
-    ) -> None:
-        self.engine = engine
-        self._allow_missing = allow_missing
-        self.random = np.random.default_rng(seed)
-        self._vocabulary = vocabulary
-        self.rows = self.requests = self.failed = self.inline = 0
-
-    def prompt(self, length: int) -> list[int]:
-        return list(map(int, self.random.integers(3, self._vocabulary, length)))
-
-    def send(
-        self, prompts: Sequence[list[int]], outputs: int | Sequence[int], start: int = 0
-    ) -> Outputs:
-        """Send all at once, wait for all, take their routes."""
-        lengths = [outputs] * len(prompts) if isinstance(outputs, int) else list(outputs)
-        replies: Outputs = self.engine.generate(
-            input_ids=list(prompts),
-            sampling_params=[_sampling(length) for length in lengths],
-            return_routed_experts=True,
-            routed_experts_start_len=start,
-        )
-        for reply in replies:
-            self.take(reply, start)
-        return replies
-
-    def stream(self, prompts: Sequence[list[int]], output: int) -> None:
-        async def one(prompt: list[int]) -> dict[str, Any]:
-            last: dict[str, Any] = {}
-            replies = await self.engine.async_generate(
-                input_ids=prompt,
-                sampling_params=_sampling(output),
-                stream=True,
-                return_routed_experts=True,
-            )
-            async for part in replies:
-                last = part
-            return last
-
-        async def all_of_them() -> Outputs:
-            return list(await asyncio.gather(*map(one, prompts)))
-
-        for reply in self.engine.loop.run_until_complete(all_of_them()):
-            self.take(reply, 0)
-
-    def take(self, reply: dict[str, Any], start: int) -> None:
-        meta = reply["meta_info"]
-        self.requests += 1
-        try:
-            with ShmRouteReader(meta, timeout=20, allow_missing=self._allow_missing) as routes:
-                wanted = meta["prompt_tokens"] + meta["completion_tokens"] - 1 - start
-                if (routes.tokens, routes.start) != (wanted, start):
-                    raise AssertionError(f"{routes}: expected {wanted} rows from {start} on")
-                rows = routes.numpy()
-                if len(rows) and int(rows.max()) >= routes.layout.num_experts:
-                    raise AssertionError(f"{routes}: an expert id of {rows.max()}")
-                self.rows += wanted
-                self.inline += routes.inline
-                routes.release()
-        except RouteFailed:
-            self.failed += 1
-
-
-def _sampling(output: int) -> dict[str, Any]:
-    return {"max_new_tokens": output, "temperature": 1.0, "ignore_eos": True}
-
-
-# -- traffic ---------------------------------------------------------------------------------------
-
-
-def mixed(client: Client) -> None:
-    """Prefix hits, two turns, chunked prefills, streams, 256 at once, retraction."""
-    shared = [client.prompt(n) for n in (64, 150, 400, 901)]
-    prompts = [
-        shared[i % 4] + client.prompt(int(client.random.integers(1, 120))) for i in range(256)
-    ]
-    first = client.send(prompts, [int(n) for n in client.random.integers(1, 90, len(prompts))])
-    turns = [
-        prompt + reply["output_ids"] + client.prompt(17)
-        for prompt, reply in zip(prompts[:96], first[:96], strict=True)
-    ]
-    client.send(turns[:48], 24)
-    client.send(turns[48:], 24, start=min(map(len, turns[48:])) - 10)
-    client.send([client.prompt(n) for n in (3001, 2048, 2047, 1537)], 8)
-    client.stream([shared[i % 4] + client.prompt(30) for i in range(32)], 40)
-    client.send([client.prompt(40) for _ in range(256)], 300)
-    same = client.prompt(333)
-    client.send([same] * 24, 12)
-
-
-def reuse(client: Client) -> None:
-    """Short requests through a pool of KV locations that holds a few of them."""
-    for _ in range(6):
-        client.send([client.prompt(24) for _ in range(120)], 9)
-
-
-def bulk(client: Client) -> None:
-    """Many tokens at full width: long prompts, a full batch, second turns, shared prefixes."""
-    long_prompts = [client.prompt(8000) for _ in range(48)]
-    for begin in range(0, 48, 16):
-        client.send(long_prompts[begin : begin + 16], 16)
-    replies = client.send([client.prompt(256) for _ in range(160)], 64)
-    client.send([client.prompt(100) + reply["output_ids"] for reply in replies], 32)
-    shared = client.prompt(7900)
-    for _ in range(2):
-        client.send([shared + client.prompt(200) for _ in range(34)], 16)
-    client.stream([client.prompt(500) for _ in range(32)], 32)
-
-
-def paused(client: Client) -> None:
-    """The memory is given back and taken again, as a colocated trainer does."""
-    mixed(client)
-    for _ in range(2):
-        before = _gpu_bytes_used()
-        client.engine.release_memory_occupation()
-        between = _gpu_bytes_used()
-        client.engine.resume_memory_occupation()
-        print(f"GPU memory: {before >> 20} MiB, released {between >> 20} MiB", flush=True)
-        mixed(client)
-
-
-def _gpu_bytes_used() -> int:
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return int(said.split()[0]) << 20
+    arenas: int = 1
 
 
 # -- cases -----------------------------------------------------------------------------------------
@@ -311,6 +183,14 @@ CASES: dict[str, Case] = {
         rows=80_000,
     ),
     "tp2": Case("tp_size=2", _qwen, mixed, {**_SMALL, "tp_size": 2}, rows=80_000),
+    "dp2-attention": Case(
+        "DP attention on two ranks, whose routes transformers computes, too",
+        _qwen,
+        attention_ranks,
+        {**_SMALL, "tp_size": 2, "dp_size": 2, "enable_dp_attention": True},
+        rows=80_000,
+        arenas=2,
+    ),
 }
 
 
@@ -357,19 +237,21 @@ def run_case(name: str) -> list[Row]:
         model = case.model(Path(folder))
         engine = shadow_faults.engine(case.faults)(**arguments_for(case, model, arena))
         try:
-            config = json.loads((model / "config.json").read_text())
-            client = Client(engine, config["vocab_size"], allow_missing=case.finds)
+            client = Client(engine, model, allow_missing=case.finds)
             began = time.monotonic()
             case.traffic(client)
             seconds = time.monotonic() - began
-            counters = settled(arena)
-            arenas = len(inspection.inspect_all(arena))
+            arenas = settled(arena)
         finally:
             engine.shutdown()
             shmroute.reap(arena, force=True)
         waits = snapshot_waits(name, timings)
-    print(name, json.dumps(counters), flush=True)
-    return [*judge(name, case, client, counters, seconds, arenas), *waits]
+    print(name, json.dumps(arenas), flush=True)
+    judged = [
+        *judge(name, case, client, total(arenas), seconds),
+        *each_rank(name, case, client, arenas),
+    ]
+    return [*judged, *waits]
 
 
 def snapshot_waits(name: str, timings: Path) -> list[Row]:
@@ -390,35 +272,36 @@ def snapshot_waits(name: str, timings: Path) -> list[Row]:
     return rows
 
 
-def settled(arena: str) -> dict[str, int]:
-    """Counters of all the engine's arenas once nothing is in flight."""
+def settled(arena: str) -> list[Counters]:
+    """Counters of each of the engine's arenas once nothing is in flight."""
     deadline = time.monotonic() + 30
     while True:
-        totals: dict[str, int] = {}
-        for report in inspection.inspect_all(arena):
-            for name, value in report.counters.items():
-                totals[name] = totals.get(name, 0) + value
-        if totals["reserved"] == totals["sealed"] + totals["failed"]:
-            return totals
+        arenas = [dict(report.counters) for report in inspection.inspect_all(arena)]
+        if all(one["reserved"] == one["sealed"] + one["failed"] for one in arenas):
+            return arenas
         if time.monotonic() > deadline:
-            raise AssertionError(f"records stay unsealed: {totals}")
+            raise AssertionError(f"records stay unsealed: {arenas}")
         time.sleep(0.02)
+
+
+def total(arenas: Sequence[Counters]) -> Counters:
+    """The counters of several arenas, added."""
+    names = {name for one in arenas for name in one}
+    return {name: sum(one.get(name, 0) for one in arenas) for name in sorted(names)}
 
 
 def judge(
     name: str,
     case: Case,
     client: Client,
-    counters: dict[str, int],
+    counters: Counters,
     seconds: float,
-    arenas: int,
 ) -> list[Row]:
     counted = sum(counters[part] for part in ("ticketed", "inline", "failed_requests", "no_routes"))
     rows = [
         Row(f"{name}: rows compared", counters["shadow_rows"], "rows", case.rows, "min"),
         Row(f"{name}: requests", client.requests, "requests"),
         Row(f"{name}: unaccounted requests", abs(counters["finished"] - counted), "", 0, "max"),
-        Row(f"{name}: arenas", arenas, "", 1, "max"),
         Row(f"{name}: seconds of traffic", round(seconds, 1), "s"),
         Row(f"{name}: inline", counters["inline"], "requests"),
         Row(f"{name}: copies while the arena was not page-locked", counters["pageable_copies"], ""),
@@ -440,6 +323,23 @@ def judge(
         ]
     else:
         rows.append(Row(f"{name}: failed", counters["failed_requests"], "requests", 0, "max"))
+    return rows
+
+
+def each_rank(name: str, case: Case, client: Client, arenas: Sequence[Counters]) -> list[Row]:
+    """Every data-parallel rank has an arena and served requests, with the rows of its tokens."""
+    fewest = min((one["rows_sealed"] for one in arenas), default=0)
+    rows = [
+        Row(f"{name}: arenas", len(arenas), "", case.arenas, "max"),
+        Row(f"{name}: arenas missing", case.arenas - len(arenas), "", 0, "max"),
+        Row(f"{name}: rows of the arena with the fewest", fewest, "rows", 1, "min"),
+    ]
+    if client.agreement:
+        ranks, least = len(client.agreement), round(min(client.agreement.values()), 4)
+        rows += [
+            Row(f"{name}: ranks compared with transformers", ranks, "", case.arenas, "min"),
+            Row(f"{name}: least agreement with transformers", least, "", 0.9, "min"),
+        ]
     return rows
 
 
