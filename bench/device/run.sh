@@ -8,7 +8,7 @@
 # bench/engine.py, or several joined by "+"; figures go to $OUT/engine-NAME.json, and those of
 # engines that an earlier call measured on the same machine are taken in. For example:
 #
-#     bench/device/run.sh 'gpu@120=python3 -m pytest -q -m gpu tests' throughput+itl@440
+#     bench/device/run.sh 'gpu@120=python3 -m pytest -q tests/gpu' throughput+itl@440
 #
 #   FOLDER=.device    site.tar.xz, and compiled kernels of an earlier run as cache.tar.gz
 #   OUT=/tmp/out      results, logs.tar.gz, and cache.tar.gz to carry along next time

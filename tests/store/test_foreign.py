@@ -36,7 +36,7 @@ def test_a_search_does_not_believe_what_another_user_put_there(arena, files):
     try:
         for path in planted:
             os.chown(path, 65534, 65534)
-            path.chmod(0o666)
+            path.chmod(0o644)
         assert [attached.segment.uid for attached in attach_all(arena.name)] == [0]
     finally:
         for path in planted:

@@ -1,0 +1,765 @@
+"""The guards of the protocol: what each keeps, and the tests that notice when it is gone.
+
+``mutations`` takes them out one at a time, in a copy of the sources, and expects the tests named
+here to fail. A change of the code that moves a guard's text is followed here; a new guard is
+entered here, with a test that notices its absence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """One guard.
+
+    Attributes
+    ----------
+    name, promise
+        The guard, and what it keeps.
+    file, text
+        Where it stands: a text that occurs once in that file.
+    without
+        What stands there when it is taken out.
+    noticed_by
+        Tests below ``tests/`` of which at least one must fail then.
+    gpu
+        Whether these need a CUDA device.
+    """
+
+    name: str
+    promise: str
+    file: str
+    text: str
+    without: str
+    noticed_by: tuple[str, ...]
+    gpu: bool = False
+
+    @property
+    def suite(self) -> str:
+        """The folder of its tests."""
+        return self.noticed_by[0].partition("/")[0]
+
+
+_WRITER = (
+    Guard(
+        "the writer's lease from reserve to seal",
+        "a record in flight is waited for, and not taken for one whose writer died",
+        "shmroute/writer.py",
+        "            if self._leases.try_acquire(slot):\n                return self._free_slots",
+        "            if True:\n                return self._free_slots",
+        ("store/test_search.py::test_a_record_in_flight_is_route_timeout",),
+    ),
+    Guard(
+        "the odd word",
+        "a record whose writer died before the seal is WriterDied, never handed out",
+        "shmroute/writer.py",
+        "self._words[slot] = generation + 1",
+        "self._words[slot] = generation",
+        ("store/test_deaths.py::test_an_unsealed_record_of_a_killed_writer_is_writer_died",),
+    ),
+    Guard(
+        "the even word after all that it stands for",
+        "SIGKILL in the middle of a seal leaves an unsealed record, not half a sealed one",
+        "shmroute/writer.py",
+        '"""Everything that the even word stands for."""',
+        "self._words[record.slot] = record.generation",
+        ("store/test_seal_order.py::test_a_writer_killed_before_the_even_word_has_not_sealed",),
+    ),
+    Guard(
+        "the even word before the end of the lease",
+        "who gets the lease first after a seal finds the record sealed",
+        "shmroute/writer.py",
+        "self._words[record.slot] = record.generation",
+        "self._leases.release(record.slot); self._words[record.slot] = record.generation",
+        ("store/test_seal_order.py::test_who_comes_as_the_lease_ends_finds_the_record_sealed",),
+    ),
+    Guard(
+        "a new generation for every record",
+        "a ticket never opens a later record of its slot",
+        "shmroute/writer.py",
+        "self._next_generation += 2",
+        "",
+        ("store/test_space.py::test_a_slot_gets_a_new_generation_every_time",),
+    ),
+    Guard(
+        "the exclusive lease of reclaiming",
+        "a slot is not used again under a reader's lease",
+        "shmroute/writer.py",
+        "not self._leases.try_acquire(slot):",
+        "False:",
+        ("store/test_space.py::test_a_record_under_a_lease_is_not_used_again_even_when_released",),
+    ),
+    Guard(
+        "the slot that is being unlocked",
+        "the writer's threads, which share their leases, do not recycle a record in its seal",
+        "shmroute/writer.py",
+        "if slot in self._unlocking:",
+        "if False:",
+        (
+            "store/test_threads.py::"
+            "test_reclaiming_during_a_seal_takes_other_records_and_leaves_that_one",
+        ),
+    ),
+    Guard(
+        "the second look at the release, under the lease",
+        "a record that came after reclaiming's scan is not taken for the released one",
+        "shmroute/writer.py",
+        "wanted = self._acknowledgements[slot] != self._words[slot]",
+        "wanted = False",
+        ("store/test_threads.py::test_a_reclaim_never_takes_a_record_that_came_after_its_scan",),
+    ),
+    Guard(
+        "the second look at the age, under the lease",
+        "a record that came after eviction's scan is not taken for the expired one",
+        "shmroute/writer.py",
+        "wanted = not self._expired(slot)",
+        "wanted = False",
+        ("store/test_threads.py::test_an_eviction_never_takes_a_record_that_came_after_its_scan",),
+    ),
+    Guard(
+        "no seal after the arena was closed",
+        "without its lease the slot may be read or punched out: its readers get WriterDied",
+        "shmroute/writer.py",
+        "        if self._closed:\n            # Without its lease",
+        "        if False:\n            # Without its lease",
+        ("store/test_deaths.py::test_a_record_in_flight_when_its_arena_closes_is_never_sealed",),
+    ),
+    Guard(
+        "a rid taken from its older record",
+        "a rid names its newest record, also after that was released",
+        "shmroute/writer.py",
+        "        self._forget(name)\n        self._slot_named.pop",
+        "        self._slot_named.pop",
+        ("store/test_newest.py::test_an_older_record_of_a_rid_does_not_come_up_again",),
+    ),
+    Guard(
+        "a rid taken by an inline record",
+        "a rid whose newest rows are in a response does not bring older ones",
+        "shmroute/writer.py",
+        "        self.forget_name(rid)\n        metadata =",
+        "        metadata =",
+        (
+            "store/test_interruptions.py::"
+            "test_a_newer_inline_record_takes_the_rid_from_an_older_one",
+        ),
+    ),
+)
+
+_READER = (
+    Guard(
+        "the reader's lease",
+        "rows do not change under whoever reads them",
+        "shmroute/leases.py",
+        "taken = _set_lock(fd, _SHARED[byte])",
+        "taken = True",
+        ("store/test_space.py::test_a_record_under_a_lease_is_not_used_again_even_when_released",),
+    ),
+    Guard(
+        "the lease in every view",
+        "rows stay what they are for as long as an array, slice or tensor shows them",
+        "shmroute/views.py",
+        "self._lease = lease",
+        "self._lease = None",
+        ("store/test_views.py::test_any_view_keeps_the_lease_after_the_reader_is_closed",),
+    ),
+    Guard(
+        "the count of leases on one slot",
+        "the end of one view takes no other view's lease",
+        "shmroute/leases.py",
+        "        if self._counts[slot]:\n            return False\n",
+        "",
+        ("store/test_leases.py::test_a_slot_that_was_leased_twice_ends_with_the_second_drop",),
+    ),
+    Guard(
+        "the lease of a refused record given back",
+        "what a reader refuses does not stay leased",
+        "shmroute/opening.py",
+        "held.drop_last()",
+        "pass",
+        ("store/test_leases.py::test_a_record_that_is_refused_leaves_those_opened_before_leased",),
+    ),
+    Guard(
+        "the generation check",
+        "a ticket opens its own record or none: released and recycled is RouteGone",
+        "shmroute/opening.py",
+        "if word != generation or int(",
+        "if int(",
+        (
+            "store/test_space.py::"
+            "test_an_evicted_record_is_route_gone_after_its_slot_holds_the_like",
+        ),
+    ),
+    Guard(
+        "the look at the release",
+        "nobody opens a record that was released",
+        "shmroute/opening.py",
+        "if word != generation or int(memory.acknowledgements[slot]) == generation:",
+        "if word != generation:",
+        ("store/test_space.py::test_a_released_record_is_route_gone_by_ticket_and_by_rid",),
+    ),
+    Guard(
+        "the bounds check of a slot's row",
+        "a damaged row is a LayoutMismatch: nothing outside the record's extent is read",
+        "shmroute/opening.py",
+        "    _check_bounds(row, memory, slot)\n",
+        "",
+        ("store/test_foreign.py::test_a_record_that_points_outside_its_extent_is_not_followed",),
+    ),
+    Guard(
+        "the bounds check of a ticket's slot",
+        "a forged ticket is an InvalidTicket",
+        "shmroute/opening.py",
+        "if slot >= memory.description.slots:",
+        "if False:",
+        ("store/test_tickets.py::test_a_ticket_that_contradicts_its_record_is_refused",),
+    ),
+    Guard(
+        "the full rid under the lease",
+        "rids whose hashes collide are told apart",
+        "shmroute/opening.py",
+        "if metadata.rid != rid:",
+        "if False:",
+        ("store/test_search.py::test_colliding_rids_are_told_apart_by_the_full_rid",),
+    ),
+    Guard(
+        "the ticket compared with its record",
+        "a ticket that speaks of other rows than there are is an InvalidTicket",
+        "shmroute/opening.py",
+        "_check_ticket(ticket, row, memory.description.routes)",
+        "pass",
+        ("store/test_tickets.py::test_a_ticket_that_contradicts_its_record_is_refused",),
+    ),
+    Guard(
+        "the demand for a complete record",
+        "missing rows are IncompleteRoutes, unless the reader says that it masks them",
+        "shmroute/opening.py",
+        "self._check_complete(metadata, row.tokens)",
+        "pass",
+        ("store/test_round_trip.py::test_missing_ranges_are_merged_and_need_allow_missing",),
+    ),
+    Guard(
+        "the node's boot id",
+        "another node's ticket is NotOnThisNode, also where a segment of that name exists",
+        "shmroute/opening.py",
+        "if ticket.boot_id != segments.boot_id():",
+        "if False:",
+        ("store/test_tickets.py::test_a_ticket_of_another_node_names_that_node",),
+    ),
+    Guard(
+        "the failure's own generation",
+        "a released record is RouteGone, not RouteFailed with another record's reason",
+        "shmroute/search.py",
+        "if failure.generation == generation:\n        return RouteFailed",
+        "if failure.generation:\n        return RouteFailed",
+        (
+            "store/test_space.py::"
+            "test_a_released_record_has_not_the_failure_of_another_in_the_same_slot",
+        ),
+    ),
+    Guard(
+        "read-only views",
+        "what is written into a view is a ValueError, not a segmentation fault",
+        "shmroute/views.py",
+        '"data": (self.address, True)',
+        '"data": (self.address, False)',
+        ("store/test_views.py::test_writing_through_a_view_raises",),
+    ),
+    Guard(
+        "the checksum",
+        "a byte that changed in memory is found by verify()",
+        "shmroute/reader.py",
+        "if found != self._row.checksum:",
+        "if False:",
+        ("store/test_round_trip.py::test_a_flipped_byte_is_found_by_the_checksum",),
+    ),
+    Guard(
+        "the number of a ticket's fields",
+        "a body that is no ticket's is an InvalidTicket",
+        "shmroute/ticket.py",
+        'if len(_typed(body, list, "body")) != _TICKET_FIELDS:',
+        "if False:",
+        ("store/test_tickets.py::test_a_body_that_is_no_ticket_s_is_refused",),
+    ),
+    Guard(
+        "the pad of a ticket",
+        "a client that still decodes int32 fails loudly instead of training on ticket bytes",
+        "shmroute/ticket.py",
+        "return envelope[: -len(_NO_PAD)] + _PAD",
+        "pass",
+        ("store/test_tickets.py::test_a_ticket_s_length_is_never_a_multiple_of_4",),
+    ),
+)
+
+_FORKS = (
+    Guard(
+        "the fork hook of leases",
+        "parent and child each keep their leases, whoever lets go first",
+        "shmroute/leases.py",
+        "os.register_at_fork(\n"
+        "    before=_before_fork,\n"
+        "    after_in_parent=_after_fork_in_parent,\n"
+        "    after_in_child=_after_fork_in_child,\n"
+        ")",
+        "",
+        (
+            "store/test_forks.py::test_the_child_keeps_its_lease_when_the_parent_lets_go",
+            "store/test_forks.py::test_the_parent_keeps_its_lease_when_the_child_is_done",
+        ),
+    ),
+    Guard(
+        "closing, not unlocking, in a child",
+        "a child that ends its copies takes nothing from its parent",
+        "shmroute/leases.py",
+        "        for fd in self._fds.values():\n            os.close(fd)",
+        "        for fd in self._fds.values():\n"
+        "            lock_range(fd, fcntl.F_UNLCK, 0, SLOTS_PER_FILE)\n"
+        "            os.close(fd)",
+        ("store/test_forks.py::test_the_parent_keeps_its_lease_when_the_child_is_done",),
+    ),
+    Guard(
+        "the fork hook of the writer",
+        "a child of the writer cannot write, and does not outlive it as one",
+        "shmroute/arena.py",
+        "os.register_at_fork(after_in_child=_abandon_in_child)",
+        "",
+        ("store/test_forks.py::test_a_child_of_the_writer_cannot_write",),
+    ),
+    Guard(
+        "every life lock closed in a child",
+        "an arena whose writer died is reaped, though a child of the writer lives",
+        "shmroute/arena.py",
+        "    for fd in list(_life_fds):\n        _close_life(fd)\n",
+        "",
+        (
+            "store/test_interruptions.py::"
+            "test_a_child_closes_the_life_lock_of_an_arena_that_its_maker_forgot",
+        ),
+    ),
+    Guard(
+        "a new lock for a child's arenas",
+        "a child does not wait for a thread that its parent has and it has not",
+        "shmroute/attached.py",
+        "os.register_at_fork(after_in_child=_new_lock_in_child)",
+        "",
+        (
+            "store/test_interruptions.py::"
+            "test_a_child_finds_arenas_that_another_thread_of_its_parent_was_looking_for",
+        ),
+    ),
+)
+
+_SEGMENTS = (
+    Guard(
+        "the life lock of a new arena",
+        "an arena whose writer lives is not reaped",
+        "shmroute/arena.py",
+        "if lock_range(fd, fcntl.F_WRLCK, 0, 1) and",
+        "if True and",
+        ("store/test_deaths.py::test_a_live_writer_is_alive_and_a_killed_one_is_not",),
+    ),
+    Guard(
+        "the creator's inode check",
+        "a creator whose file the reaper removed before it was locked begins again",
+        "shmroute/arena.py",
+        "and segments.same_inode(fd, segment.data):",
+        "and True:",
+        ("store/test_reaping_races.py::test_a_creator_whose_new_file_was_reaped_begins_again",),
+    ),
+    Guard(
+        "the temporary name of a new arena",
+        "nobody attaches to half an arena",
+        "shmroute/arena.py",
+        "secrets.token_bytes(8), temporary=True)",
+        "secrets.token_bytes(8))",
+        ("store/test_deaths.py::test_half_an_arena_is_never_found",),
+    ),
+    Guard(
+        "all memory taken at creation",
+        "a full /dev/shm is an error at the start, not a SIGBUS later",
+        "shmroute/segments.py",
+        "os.posix_fallocate(fd, offset, piece)",
+        "os.ftruncate(fd, offset + piece)",
+        ("store/test_creation.py::test_memory_that_is_gone_when_it_is_taken_is_arena_too_small",),
+    ),
+    Guard(
+        "the mode of new files",
+        "files have mode 0600, whatever the umask",
+        "shmroute/segments.py",
+        "os.fchmod(shared.fd, mode)",
+        "pass",
+        ("store/test_creation.py::test_every_file_has_mode_0600_whatever_the_umask",),
+    ),
+    Guard(
+        "exclusive creation",
+        "a file that was there beforehand is not taken over",
+        "shmroute/segments.py",
+        "flags=posix_ipc.O_CREX",
+        "flags=posix_ipc.O_CREAT",
+        ("store/test_foreign.py::test_an_object_that_is_there_already_is_not_taken_over",),
+    ),
+    Guard(
+        "no symbolic link",
+        "a link in a segment's place is not followed",
+        "shmroute/segments.py",
+        " | os.O_NOFOLLOW",
+        "",
+        ("store/test_creation.py::test_a_symbolic_link_is_not_followed",),
+    ),
+    Guard(
+        "the owner of a segment",
+        "a file of another user than its name says is refused",
+        "shmroute/segments.py",
+        "if status.st_uid != owner:",
+        "if False:",
+        ("store/test_creation.py::test_a_segment_owned_by_another_user_is_refused",),
+    ),
+    Guard(
+        "whose segments a search believes",
+        "another user's file is no answer to a rid",
+        "shmroute/attached.py",
+        "    if segment.uid == os.geteuid():\n        return True",
+        "    return True",
+        ("store/test_foreign.py::test_a_search_does_not_believe_what_another_user_put_there",),
+    ),
+    Guard(
+        "the layout version",
+        "a segment of another release is a LayoutMismatch with the remedy",
+        "shmroute/layout.py",
+        "if version != LAYOUT_VERSION:",
+        "if False:",
+        ("store/test_creation.py::test_a_damaged_header_is_a_layout_mismatch",),
+    ),
+    Guard(
+        "the capacity against the segment's size",
+        "a segment that is too short is a LayoutMismatch, not a SIGBUS",
+        "shmroute/layout.py",
+        "if description.capacity > size:",
+        "if False:",
+        ("store/test_creation.py::test_a_short_copy_is_refused",),
+    ),
+    Guard(
+        "the arena's id against its name",
+        "a copy or a renamed segment is refused",
+        "shmroute/memory.py",
+        "if description.arena_id != segment.arena_id:",
+        "if False:",
+        ("store/test_creation.py::test_a_copy_under_another_id_is_refused",),
+    ),
+)
+
+_REAPER = (
+    Guard(
+        "the reaper's life lock",
+        "a living writer's arena is left alone, and of two reapers one works",
+        "shmroute/reaper.py",
+        "if not lock_range(fd, fcntl.F_WRLCK, 0, 1) or",
+        "if",
+        ("store/test_reaping_races.py::test_two_reapers_at_once_are_one",),
+    ),
+    Guard(
+        "the reaper's inode check",
+        "only the file that was locked is removed",
+        "shmroute/reaper.py",
+        " or not segments.same_inode(fd, segment.data):",
+        ":",
+        (
+            "store/test_reaping_races.py::"
+            "test_a_file_that_took_the_name_of_the_locked_one_is_left_alone",
+        ),
+    ),
+    Guard(
+        "the reaper's look at leases",
+        "an arena is not removed under a reader, not even by force",
+        "shmroute/reaper.py",
+        'kept = "" if _lease_everything(memory, held) else "a reader has records open"',
+        'kept = ""',
+        ("store/test_deaths.py::test_not_even_force_removes_an_arena_under_a_lease",),
+    ),
+    Guard(
+        "the reaper's look at unreleased records",
+        "records that nobody released outlive their writer",
+        "shmroute/reaper.py",
+        'kept = kept or ("" if force else _unreleased(memory))',
+        "pass",
+        ("store/test_deaths.py::test_unreleased_records_keep_a_dead_arena",),
+    ),
+    Guard(
+        "the lease of recycling in a dead arena",
+        "a released record that somebody still reads is not punched out",
+        "shmroute/reaper.py",
+        "if leases.try_acquire(slot):",
+        "leases.try_acquire(slot)\n            if True:",
+        ("store/test_deaths.py::test_a_leased_and_released_record_outlives_reaping",),
+    ),
+    Guard(
+        "words cleared before the heap is punched out",
+        "who gets a lease after all reads nothing out of the hole",
+        "shmroute/reaper.py",
+        "            memory.words[:] = 0\n",
+        "",
+        (
+            "store/test_reaping_races.py::"
+            "test_a_reader_that_had_the_lease_file_open_reads_nothing_of_a_removed_arena",
+        ),
+    ),
+    Guard(
+        "the data segment removed last",
+        "what a killed reaper left is found by the next one",
+        "shmroute/reaper.py",
+        "for name in (*leases, segment.control, segment.data):",
+        "for name in (segment.data, *leases, segment.control):",
+        (
+            "store/test_deaths.py::"
+            "test_a_reaper_killed_while_it_removes_leaves_what_the_next_one_finds",
+        ),
+    ),
+)
+
+_BRIDGE = (
+    Guard(
+        "the wait of the scatter for the last gather",
+        "a location that is used again does not change a finished request's rows",
+        "sglang_bridge/table.py",
+        "        self.fence()\n        form =",
+        "        form =",
+        (
+            "bridge/test_publisher.py::"
+            "test_forwards_that_reuse_locations_at_once_never_reach_a_record",
+        ),
+    ),
+    Guard(
+        "the sealer's wait for the copy",
+        "a record is not sealed before its rows are in memory",
+        "sglang_bridge/publisher.py",
+        "            gathered.wait()\n",
+        "",
+        ("bridge/test_publisher.py::test_a_record_is_not_sealed_before_its_rows_are_there",),
+    ),
+    Guard(
+        "the snapshot of KV locations",
+        "rows are gathered from where the request's own were, whatever its KV cache's release does",
+        "sglang_bridge/gather_host.py",
+        "req_to_token[slot, start:end].clone()",
+        "req_to_token[slot, start:end]",
+        ("bridge/test_publisher.py::test_a_snapshot_keeps_what_the_pool_s_row_held",),
+    ),
+    Guard(
+        "the tag check",
+        "another token's row is missing, never wrong",
+        "sglang_bridge/judge.py",
+        "wrong = wrong_rows(tags, places)",
+        "wrong = np.zeros(len(tags), dtype=bool)",
+        (
+            "bridge/test_publisher.py::"
+            "test_rows_whose_location_was_taken_by_another_token_are_missing",
+        ),
+    ),
+    Guard(
+        "the token in the tag",
+        "the row of another token at the same position is missing",
+        "sglang_bridge/tags.py",
+        "((tags & _PLACE_MASK) != places)",
+        "((tags & _PLACE_MASK) >> POSITION_SHIFT != places >> POSITION_SHIFT)",
+        ("bridge/test_tags.py::test_another_token_is_noticed",),
+    ),
+    Guard(
+        "the position in the tag",
+        "the row of the same token at another position is missing",
+        "sglang_bridge/tags.py",
+        "((tags & _PLACE_MASK) != places)",
+        "((tags ^ places) & FOREIGN_TOKEN != 0)",
+        ("bridge/test_tags.py::test_another_position_is_noticed",),
+    ),
+    Guard(
+        "the weight epoch in the tag",
+        "each row is told to come from the weights that computed it",
+        "sglang_bridge/tags.py",
+        "return tags | ((epoch & EPOCH_MASK) << EPOCH_SHIFT)",
+        "return tags",
+        ("bridge/test_publisher.py::test_the_runs_of_weight_versions_follow_the_rows",),
+    ),
+    Guard(
+        "a new epoch with each update",
+        "rows of older weights are not told to come from the newer",
+        "sglang_bridge/epochs.py",
+        "            self.current += 1\n",
+        "",
+        ("bridge/test_epochs.py::test_an_update_after_a_forward_begins_an_epoch",),
+    ),
+    Guard(
+        "missing rows sealed as missing",
+        "what the tags say reaches the reader",
+        "sglang_bridge/publisher.py",
+        "job.record.seal(missing=verdict.missing, ",
+        "job.record.seal(",
+        (
+            "bridge/test_publisher.py::"
+            "test_rows_whose_location_was_taken_by_another_token_are_missing",
+        ),
+    ),
+    Guard(
+        "the check of routed ids",
+        "a row that no router can have chosen is missing",
+        "sglang_bridge/table.py",
+        "tags = torch.where(valid_rows(chosen, self.routes.num_experts), tags, INVALID)",
+        "",
+        (
+            "bridge/test_table.py::"
+            "test_a_row_that_no_router_can_have_chosen_is_missing_and_its_neighbours_are_not",
+        ),
+    ),
+    Guard(
+        "the capture buffer emptied after each scatter",
+        "a layer that does not capture leaves missing rows, not the last forward's",
+        "sglang_bridge/table.py",
+        "captured.fill_(-1)",
+        "",
+        (
+            "bridge/test_table.py::"
+            "test_the_capture_buffer_keeps_no_routes_for_a_layer_that_does_not_capture_next_time",
+        ),
+    ),
+    Guard(
+        "a table that forgets with the KV cache",
+        "after memory was given back no row passes for one that a forward wrote",
+        "sglang_bridge/table.py",
+        "part.element_size())\n        self.tags.fill_(INVALID)",
+        "part.element_size())",
+        (
+            "bridge/test_table.py::"
+            "test_memory_that_is_taken_again_is_as_large_and_every_row_is_invalid",
+        ),
+    ),
+    Guard(
+        "no ticket after a device error",
+        "later requests go inline instead of failing after their tickets left",
+        "sglang_bridge/publisher.py",
+        "if self._broken:",
+        "if False:",
+        (
+            "bridge/test_publisher.py::"
+            "test_after_a_device_error_no_request_gets_a_ticket_that_would_fail",
+        ),
+    ),
+    Guard(
+        "a forward whose routes were lost",
+        "its KV locations do not keep a former occupant's rows",
+        "sglang_bridge/capturer.py",
+        '"hook_errors")\n            self._forget(captured)',
+        '"hook_errors")',
+        (
+            "bridge/test_collect.py::"
+            "test_a_forward_that_captured_too_few_rows_leaves_none_of_a_former_occupant",
+        ),
+    ),
+    Guard(
+        "features that are refused",
+        "an engine whose routes were not shown right does not start",
+        "sglang_bridge/refused.py",
+        "        if on:\n",
+        "        if False:\n",
+        (
+            "bridge/test_refused.py::"
+            "test_what_sglang_chose_by_itself_is_refused_like_what_the_user_gave",
+        ),
+    ),
+    Guard(
+        "the check of routed ids in the kernel",
+        "the GPU's scatter declares the same rows missing",
+        "sglang_bridge/kernels.py",
+        "tl.where(faults > 0, INVALID_TAG, tag)",
+        "tag",
+        ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
+    ),
+)
+
+_GPU = (
+    Guard(
+        "the wait of the scatter for the last gather, on streams",
+        "a location that is used again does not change a finished request's rows",
+        "sglang_bridge/gather_device.py",
+        "if self._unfenced:",
+        "if False:",
+        ("gpu/test_gatherer.py::test_locations_that_are_rewritten_at_once_never_reach_a_record",),
+        gpu=True,
+    ),
+    Guard(
+        "the wait for the copy's event",
+        "a record is not sealed before its rows are in memory",
+        "sglang_bridge/gather_device.py",
+        "self.buffer.copied.synchronize()",
+        "pass",
+        ("gpu/test_gatherer.py::test_a_record_is_not_sealed_before_its_copy_is_there",),
+        gpu=True,
+    ),
+    Guard(
+        "the copy behind its gather",
+        "what is copied into the arena are the gathered rows",
+        "sglang_bridge/gather_device.py",
+        "self._gathered.hold_back(self._copy)",
+        "pass",
+        ("gpu/test_gatherer.py::test_locations_that_are_rewritten_at_once_never_reach_a_record",),
+        gpu=True,
+    ),
+    Guard(
+        "a lane that waits for its last copy",
+        "the next rows in a lane do not reach the record before",
+        "sglang_bridge/gather_device.py",
+        "lane.copied.hold_back(self._gather)",
+        "pass",
+        ("gpu/test_gatherer.py::test_a_lane_is_not_filled_again_before_its_copy_is_done",),
+        gpu=True,
+    ),
+    Guard(
+        "the schedule stream behind a snapshot",
+        "a request's row of req_to_token is copied before SGLang rewrites it",
+        "sglang_bridge/gather_device.py",
+        "self._taken.hold_back(self._schedule)",
+        "pass",
+        ("gpu/test_gatherer.py::test_a_row_of_the_pool_is_not_rewritten_before_its_snapshot",),
+        gpu=True,
+    ),
+    Guard(
+        "the gather behind its snapshots",
+        "rows are gathered by the request's own locations",
+        "sglang_bridge/gather_device.py",
+        "self._taken.hold_back(self._gather)",
+        "pass",
+        ("gpu/test_gatherer.py::test_a_gather_waits_for_a_snapshot_that_comes_late",),
+        gpu=True,
+    ),
+    Guard(
+        "a step's snapshots behind the last gather",
+        "locations are not overwritten while rows are gathered by them",
+        "sglang_bridge/gather_device.py",
+        "self._gathered.hold_back(self._schedule)",
+        "pass",
+        ("gpu/test_gatherer.py::test_a_step_s_snapshots_wait_for_the_gather_of_the_step_before",),
+        gpu=True,
+    ),
+    Guard(
+        "a trainer's lease until its copy is done",
+        "rows do not change while the GPU reads them",
+        "shmroute/inflight.py",
+        "self.passed.synchronize()",
+        "pass",
+        ("gpu/test_trainer.py::test_the_lease_is_held_until_the_copy_is_done",),
+        gpu=True,
+    ),
+    Guard(
+        "unlocked before it is unmapped",
+        "CUDA keeps no lock on memory that is something else's by then",
+        "shmroute/attached.py",
+        "            lock.close()",
+        "            pass",
+        (
+            "gpu/test_pinned.py::"
+            "test_a_trainer_s_heap_is_locked_beside_the_writer_s_and_unlocked_before_it_is_unmapped",
+        ),
+        gpu=True,
+    ),
+)
+
+GUARDS = (*_BRIDGE, *_WRITER, *_READER, *_FORKS, *_SEGMENTS, *_REAPER, *_GPU)
