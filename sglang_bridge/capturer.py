@@ -86,6 +86,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
             name="routed_experts",
         )
         self.device_cache.buffer.fill_(-1)
+        # One view for all forwards: their rows are the first ones, unless ranks share the buffer.
+        self._every_row = self.device_cache.buffer[:, :, : self.topk_size]
         self._shares_buffer = is_dp_attention_enabled()
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
@@ -188,7 +190,10 @@ class ArenaCapturer(RoutedExpertsCapturer):
                 native.map_device_tensors(torch.clone)
         if self.publisher is None:
             return native
-        captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
+        if self._shares_buffer:
+            captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
+        else:
+            captured = self._every_row
         entry, self._entry = self._entry, None
         self._scatter(self.publisher, captured, entry)
         if self._shares_buffer:
@@ -210,14 +215,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
                 raise RuntimeError(
                     f"{lengths} rows captured, locations and positions for {count} tokens"
                 )
-            padded = len(entry.locations) != count or len(entry.positions) != count
-            self.table.scatter(
-                captured if len(captured) == count else captured[:count],
-                entry.locations[:count] if padded else entry.locations,
-                entry.tokens,
-                entry.positions[:count] if padded else entry.positions,
-                self.epochs.mark_used(),
-            )
+            epoch = self.epochs.mark_used()
+            self.table.scatter(captured, entry.locations, entry.tokens, entry.positions, epoch)
         except Exception:
             # The KV of this forward was written, its routes were not: every tag is in doubt.
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")

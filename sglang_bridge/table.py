@@ -125,9 +125,11 @@ class RouteTable:
         Parameters
         ----------
         captured
-            ``int32 [n, all layers, top_k]``: a view into the capture buffer.
-        locations, tokens, positions
-            ``[n]``: KV location, token id and position of each row.
+            ``int32 [at least n, all layers, top_k]``: a view into the capture buffer.
+        tokens
+            ``[n]``: token id of each row.
+        locations, positions
+            ``[at least n]``: KV location and position of each row; what lies beyond is padding.
         """
         self.fence()
         form = self._fused(captured) if self.device.type == "cuda" else self.scatter_with_torch
@@ -142,6 +144,8 @@ class RouteTable:
         epoch: int,
     ) -> None:
         """The same in torch, for a CPU and as the kernel's reference; no fence."""
+        count = len(tokens)
+        captured, locations, positions = captured[:count], locations[:count], positions[:count]
         chosen = captured if self._every_layer else captured.index_select(1, self._layers)
         tags = make_tags(tokens, positions, epoch, self._vocabulary)
         tags = torch.where(valid_rows(chosen, self.routes.num_experts), tags, INVALID)

@@ -44,5 +44,5 @@ class WithoutModel(ArenaCapturer):
         return self.end_forward(batch, captured)
 
     def end_forward(self, batch: Any, captured: torch.Tensor) -> Any:
-        self._get_local_slice = lambda *_: captured
+        self._every_row, self._get_local_slice = captured, lambda *_: captured
         return self.on_forward_end(batch, False, None, no_copy_to_cpu=True)

@@ -71,7 +71,9 @@ def _perturbed() -> None:
     def by_location(self: Any, forward_batch: Any, *arguments: Any, **options: Any) -> Any:
         captured = original(self, forward_batch, *arguments, **options)
         locations = forward_batch.out_cache_loc[: len(captured), None, None]
-        return (captured + locations.to(captured.dtype)) % int(os.environ["FAULT_EXPERTS"])
+        # In the capture buffer: the native path, which comes first, and shmroute read the same.
+        captured.add_(locations.to(captured.dtype)).remainder_(int(os.environ["FAULT_EXPERTS"]))
+        return captured
 
     RoutedExpertsCapturer._get_local_slice = by_location
 
