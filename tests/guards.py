@@ -173,6 +173,14 @@ _READER = (
         ("store/test_leases.py::test_a_slot_that_was_leased_twice_ends_with_the_second_drop",),
     ),
     Guard(
+        "a drop that queues while the leases are locked",
+        "a view that the collector ends on the thread at work on the leases blocks nobody",
+        "shmroute/leases.py",
+        "while self._dropped and not self._lock.locked():",
+        "while self._dropped:",
+        ("store/test_leases.py::test_a_drop_does_not_wait_for_who_is_at_work_on_the_leases",),
+    ),
+    Guard(
         "the lease of a refused record given back",
         "what a reader refuses does not stay leased",
         "shmroute/opening.py",

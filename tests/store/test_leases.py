@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 from actors import add
@@ -84,6 +85,21 @@ def test_held_leases_end_with_their_owner(leases, taken_by_readers):
     held.drop_last()
     assert taken_by_readers() == {1, 2}
     del held
+    assert taken_by_readers() == set()
+
+
+def test_a_drop_does_not_wait_for_who_is_at_work_on_the_leases(leases, taken_by_readers):
+    """It may come out of a finaliser on the very thread that is at work, which never would end."""
+    assert leases.try_acquire(5)
+    with leases._lock:
+        dropping = threading.Thread(target=leases.drop, args=([5],))
+        dropping.start()
+        dropping.join(5)
+        assert not dropping.is_alive()
+        assert taken_by_readers() == {5}
+    assert leases.try_acquire(6)  # whoever is at work next ends it, too
+    assert taken_by_readers() == {6}
+    leases.drop([6])
     assert taken_by_readers() == set()
 
 
