@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from actors import LAYOUT
 from forked import ForkServer
-from forked import ForkServer
 
 from shmroute import Arena, reaper, segments
 
@@ -278,14 +277,6 @@ def reader(actor: Callable[..., Actor]) -> Callable[..., Actor]:
 def text() -> Callable[[bytes], str]:
     """A ticket as it stands in a response."""
     return lambda ticket: base64.b64encode(ticket).decode()
-
-
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[ForkServer]:
-    """Start a process of a role in 5 ms: ``fork_server.start("module.Class")``."""
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
