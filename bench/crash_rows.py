@@ -16,7 +16,7 @@ import numpy.typing as npt
 from shmroute import RouteLayout
 
 LAYOUT = RouteLayout(65536, 4, range(2), model="crash campaign")
-TOKENS_MAX = 2048
+TOKENS_MAX = 8192
 _KEYS_SHOWN = 4
 _STEPS = np.arange(TOKENS_MAX, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 

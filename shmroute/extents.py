@@ -16,8 +16,18 @@ Invariant: the free extents are disjoint, no two touch, and
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import NamedTuple
 
 from .layout import EXTENT_ALIGN
+
+
+class Space(NamedTuple):
+    """Bytes of a heap, how many of them are free, of these in the largest piece; free pieces."""
+
+    total: int
+    free: int
+    largest: int
+    pieces: int
 
 
 class ExtentAllocator:
@@ -36,6 +46,9 @@ class ExtentAllocator:
     def largest(self) -> int:
         """Bytes of the largest free extent."""
         return self._by_size[-1][0] if self._by_size else 0
+
+    def space(self) -> Space:
+        return Space(self.total, self.free_bytes, self.largest, len(self._by_size))
 
     def allocate(self, size: int, near: int | None = None) -> int | None:
         """Offset of a piece of ``size`` bytes, or None when no free extent is that large.

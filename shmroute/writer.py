@@ -56,7 +56,7 @@ import numpy.typing as npt
 from . import layout
 from .counters import RECLAIMING, RESERVING, SEALING, Counters
 from .errors import ArenaFull, ShmRouteError
-from .extents import ExtentAllocator
+from .extents import ExtentAllocator, Space
 from .leases import ExclusiveLeases
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun, as_runs, merge_ranges
@@ -308,16 +308,20 @@ class RecordWriter:
             left -= evicted
             self._take_back_for(size)
 
+    def space(self) -> Space:
+        """The heap as the next ``reserve`` finds it, for the thread that reserves."""
+        return self._allocator.space()
+
     def _publish_usage(self) -> None:
         free_slots = len(self._free_slots) + len(self._freed)
         self.counters.set("heap_bytes_in_use", self._allocator.total - self._free_bytes())
         self.counters.set("slots_in_use", self._slots - free_slots)
 
     def _full(self, what: str) -> str:
-        allocator, description = self._allocator, self.memory.description
+        space, description = self.space(), self.memory.description
         return (
-            f"arena {description.arena_id.hex()} has not {what}: {allocator.free_bytes} of "
-            f"{allocator.total} heap bytes are free (largest piece {allocator.largest}), "
+            f"arena {description.arena_id.hex()} has not {what}: {space.free} of "
+            f"{space.total} heap bytes are free (largest piece {space.largest}), "
             f"{len(self._free_slots)} of {description.slots} slots. Remedy: release records "
             "after training on them (routes.release(), shmroute.release(tickets)), a shorter "
             "retention, or a larger capacity or more slots"
