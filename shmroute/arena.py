@@ -309,7 +309,10 @@ def _fill(
         memory = ArenaMemory.open(segment, writable=True, populate=True)
     finally:
         os.close(control_fd)
-    os.rename(segments.path_of(segment.data), segments.path_of(segment.base))
+    try:
+        os.rename(segments.path_of(segment.data), segments.path_of(segment.base))
+    except (PermissionError, IsADirectoryError) as error:
+        raise ShmRouteError(segments.taken(segment.base)) from error
     memory.segment = _whole(segment)
     return memory
 

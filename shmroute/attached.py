@@ -6,6 +6,7 @@ removed stays mapped while views need it and is forgotten by the next look at ``
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -97,7 +98,7 @@ def attach(segment: SegmentName) -> AttachedArena:
     Raises
     ------
     ArenaNotFound
-        It is not under this process's /dev/shm.
+        It is not under this process's /dev/shm, or another user's and not shared with this one.
     LayoutMismatch
         It is not an arena that this version reads.
     LeaseUnavailable
@@ -108,6 +109,8 @@ def attach(segment: SegmentName) -> AttachedArena:
         return found
     _segments()  # forgets what was removed, also where nobody ever searches
     try:
+        if not _trusted(segment):
+            raise PermissionError(errno.EACCES, "not shared with a group of this user's")
         with named(f"arena segment {segment.data}"):
             memory = ArenaMemory.open(segment)
     except FileNotFoundError as error:
@@ -135,18 +138,19 @@ def attach_all(arena: str | None) -> list[AttachedArena]:
     for segment in _segments():
         if arena in (None, segment.arena, segment.base):
             try:
-                if _trusted(segment):
-                    found.append(attach(segment))
-            except (ArenaNotFound, FileNotFoundError, LayoutMismatch):
+                found.append(attach(segment))
+            except (ArenaNotFound, LayoutMismatch):
                 continue  # gone since the listing, or not ours to read
     found.sort(key=lambda attached: -attached.memory.description.created_ns)
     return found
 
 
 def _trusted(segment: SegmentName) -> bool:
-    """Whether a search may believe it: one's own, or shared with a group of one's own.
+    """Whether to believe it: one's own, or shared with a group of one's own and nobody else.
 
-    Anybody can put a file of any name under /dev/shm; a ticket names its segment itself.
+    Anybody can put a file of any name under /dev/shm, and may shorten their own at any moment,
+    which ends whoever has it mapped (SIGBUS). That a ticket names it is no reason: who forged
+    the one may have made the other.
     """
     if segment.uid == os.geteuid():
         return True

@@ -29,6 +29,7 @@ import ctypes
 import fcntl
 import logging
 import os
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -93,13 +94,15 @@ def _reap_unless_alive(segment: SegmentName, *, force: bool) -> Reaped | None:
         fd = segments.open_object(segment.data, writable=True)
     except FileNotFoundError:
         return None
-    except LayoutMismatch as error:
-        logger.warning("left alone: %s", error)
+    except (LayoutMismatch, PermissionError) as error:
+        logger.warning("left alone: %s", error)  # somebody else's, whatever its name says
         return None
     try:
         if not lock_range(fd, fcntl.F_WRLCK, 0, 1) or not segments.same_inode(fd, segment.data):
             return None
         return _reap_locked(segment, fd, force=force)
+    except (LayoutMismatch, PermissionError) as error:
+        return Reaped(segment, f"one of its files is not as it was made: {error}", 0)
     finally:
         os.close(fd)
 
@@ -119,8 +122,8 @@ def is_alive(segment: SegmentName) -> bool:
 
 def remove_files(segment: SegmentName) -> None:
     """Remove an arena's files, the data segment last; the caller holds its life lock."""
-    prefix = segment.base + ".L"
-    leases = [entry for entry in os.listdir(segments.SHM_DIR) if entry.startswith(prefix)]
+    lease_file = re.compile(re.escape(segment.base) + r"\.L[0-9]{3,}")
+    leases = filter(lease_file.fullmatch, os.listdir(segments.SHM_DIR))
     for name in (*leases, segment.control, segment.data):
         segments.unlink_if_present(name)
 

@@ -19,6 +19,7 @@ anywhere between creation and removal leaves nothing that the reaper cannot name
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -32,8 +33,10 @@ from pathlib import Path
 
 import posix_ipc
 
-from .errors import ArenaTooSmall, LayoutMismatch
+from .errors import ArenaTooSmall, LayoutMismatch, ShmRouteError
 from .refusals import named
+
+logger = logging.getLogger("shmroute")
 
 SHM_DIR = "/dev/shm"
 NAME_BYTES_MAX = 40
@@ -87,9 +90,10 @@ def parse_segment(name: str) -> SegmentName | None:
     match = _SEGMENT.fullmatch(name)
     if match is None:
         return None
-    return SegmentName(
+    segment = SegmentName(
         int(match["uid"]), match["name"], bytes.fromhex(match["id"]), match["tmp"] is not None
     )
+    return segment if segment.data == name else None  # not 007, nor digits of other scripts
 
 
 def list_segments(arena: str | None = None) -> Iterator[SegmentName]:
@@ -109,9 +113,21 @@ def create_object(name: str, mode: int, group: int | None) -> int:
     """Create a new shared-memory object and return its descriptor (O_EXCL, close-on-exec).
 
     The mode is set on the descriptor, so that no umask widens or narrows it.
+
+    Raises
+    ------
+    ShmRouteError
+        Something has that name already, or nothing may be made there.
     """
     try:
         shared = posix_ipc.SharedMemory("/" + name, flags=posix_ipc.O_CREX, mode=0o600)
+    except posix_ipc.ExistentialError as error:
+        raise ShmRouteError(taken(name)) from error
+    except posix_ipc.PermissionsError as error:
+        raise ShmRouteError(
+            f"user {os.geteuid()} may make no file in {SHM_DIR}: give it mode 1777, or mount a "
+            "tmpfs there that this user may write (docker --tmpfs, an emptyDir of medium Memory)"
+        ) from error
     except OSError as error:
         if error.errno is None:  # posix_ipc says in words that descriptors have run out
             code = errno.EMFILE if "process" in str(error) else errno.ENFILE
@@ -137,7 +153,8 @@ def open_object(name: str, *, writable: bool) -> int:
     FileNotFoundError
         It does not exist.
     LayoutMismatch
-        It is not a regular file, or not owned by the user whose id is in its name.
+        It is not a regular file, not owned by the user whose id is in its name, or open to
+        everybody's writing.
     """
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
@@ -154,15 +171,36 @@ def open_object(name: str, *, writable: bool) -> int:
     return fd
 
 
+def _owner_in(name: str) -> int:
+    return int(name.split("-", 2)[1])
+
+
 def _check_owner(status: os.stat_result, name: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise LayoutMismatch(f"{path_of(name)} is not a regular file")
-    owner = int(name.split("-", 2)[1])
+    owner = _owner_in(name)
     if status.st_uid != owner:
         raise LayoutMismatch(
             f"{path_of(name)} belongs to user {status.st_uid}, its name says {owner}: "
             "it was not made by shmroute"
         )
+    if status.st_mode & stat.S_IWOTH:
+        raise LayoutMismatch(
+            f"{path_of(name)} may be written by everybody (mode {stat.S_IMODE(status.st_mode):o}): "
+            "what it says may be anybody's. Let its owner take that right away (chmod o-w)"
+        )
+
+
+def taken(name: str) -> str:
+    """Say that a name of a new arena is somebody's already."""
+    try:
+        owner = f"user {os.stat(path_of(name), follow_symlinks=False).st_uid}"
+    except FileNotFoundError:
+        owner = "somebody, who has removed it again"
+    return (
+        f"{path_of(name)} was made by {owner} while this arena was: its names have a random part, "
+        "so that is no accident. Find out who, or start again: the next arena has other names"
+    )
 
 
 def same_inode(fd: int, name: str) -> bool:
@@ -176,9 +214,18 @@ def same_inode(fd: int, name: str) -> bool:
 
 
 def unlink_if_present(name: str) -> None:
-    """Unlink; somebody else having done it already is fine."""
+    """Unlink a file of an arena; somebody else having done it already is fine.
+
+    What another user put under such a name is left to them: they would have to be asked, and
+    the arena's own files must go all the same.
+    """
+    path = path_of(name)
     try:
-        os.unlink(path_of(name))
+        status = os.stat(path, follow_symlinks=False)
+        if status.st_uid != _owner_in(name) or stat.S_ISDIR(status.st_mode):
+            logger.warning("left alone: %s, made by user %d", path, status.st_uid)
+        else:
+            os.unlink(path)
     except FileNotFoundError:
         return
 
