@@ -64,7 +64,7 @@ def list_arenas(as_json: bool) -> None:
         console.print(_overview(reports))
         for report in reports:
             if report.problem:
-                console.print(f"{report.segment.data}: {escape(report.problem)}")
+                console.print(f"{report.segment.data}: {_plain(report.problem)}")
     else:
         _console().print("no arenas")
 
@@ -85,7 +85,7 @@ def stat(arena: str | None, as_json: bool) -> None:
     for report in reports:
         console.print(_details(report))
         for warning in _warnings(report):
-            console.print(f"[yellow]warning:[/] {escape(warning)}")
+            console.print(f"[yellow]warning:[/] {_plain(warning)}")
         console.print()
     if not reports:
         console.print("no arenas")
@@ -109,7 +109,7 @@ def gc(arena: str | None, dry_run: bool) -> None:
         freed += size
         verb = "kept" if not removed else "would remove" if dry_run else "removed"
         given = f", {_size(size)}" if size else ""
-        console.print(f"{verb} {report.segment.data}{given}" + (f": {escape(why)}" if why else ""))
+        console.print(f"{verb} {report.segment.data}{given}" + (f": {_plain(why)}" if why else ""))
     done = "would be" if dry_run else "were"
     console.print(f"{_size(freed)} {done} given back" if reports else "no arenas")
     if failed:
@@ -134,10 +134,10 @@ def doctor(capacity: str) -> None:
     console = _console()
     for finding in findings:
         style = _VERDICT_STYLE.get(finding.verdict, "red")
-        line = f"[{style}]{finding.verdict:8}[/]{escape(finding.what)}: {escape(finding.found)}"
+        line = f"[{style}]{finding.verdict:8}[/]{_plain(finding.what)}: {_plain(finding.found)}"
         console.print(line)
         if finding.remedy:
-            console.print(f"        remedy: {escape(finding.remedy)}")
+            console.print(f"        remedy: {_plain(finding.remedy)}")
     if any(finding.verdict not in (OK, NOTE) for finding in findings):
         sys.exit(1)
 
@@ -188,6 +188,11 @@ def _print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1))
 
 
+def _plain(text: str) -> str:
+    """Text that is shown as it is: what another process wrote moves no cursor, styles nothing."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
 def _overview(reports: Sequence[ArenaReport]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for heading in ("arena", "id", "state", "user", "pid", "age", "model", "geometry"):
@@ -210,7 +215,7 @@ def _overview_row(report: ArenaReport) -> list[str]:
         *start,
         str(description.writer.pid),
         _duration(report.age or 0),
-        escape(description.routes.model),
+        _plain(description.routes.model),
         _geometry(report),
         f"{use.in_use:,}/{use.total:,}",
         _size(use.sealed_bytes),
@@ -234,11 +239,11 @@ def _details(report: ArenaReport) -> Table:
     table.add_row("state", f"[{style}]{report.state}[/]")
     table.add_row("owner", f"{report.user} (uid {report.segment.uid})")
     if report.problem:
-        table.add_row("problem", escape(report.problem))
+        table.add_row("problem", _plain(report.problem))
     table.add_row("memory taken", _size(report.taken_bytes))
     if report.description is not None and report.use is not None:
         for heading, text in _described(report, report.use):
-            table.add_row(heading, escape(text))
+            table.add_row(heading, _plain(text))
     return table
 
 

@@ -183,6 +183,7 @@ def inspect(segment: SegmentName) -> ArenaReport | None:
 def _read(segment: SegmentName, alive: bool, taken: int) -> ArenaReport | None:
     try:
         memory = ArenaMemory.open(segment)
+        use = _use(memory)
     except FileNotFoundError as error:
         if not Path(segments.path_of(segment.data)).exists():
             return None
@@ -196,7 +197,7 @@ def _read(segment: SegmentName, alive: bool, taken: int) -> ArenaReport | None:
         alive,
         taken,
         description=memory.description,
-        use=_use(memory),
+        use=use,
         counters=read_counters(memory.counters),
     )
 

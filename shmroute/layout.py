@@ -54,9 +54,12 @@ EXTENT_ALIGN = 64
 MAX_SLOTS = 1 << 20
 MAX_LAYERS = 4096
 MAX_TOKENS = 1 << 31
+# More than any record's metadata beside its bit a row: a rid of 4096 characters, weight runs.
+MAX_METADATA = 32768
 
 _PREFIX = struct.Struct("<8sII")
 _COUNTER_OFFSET = 8192
+HEADER_BYTES = _COUNTER_OFFSET
 _DESCRIPTION_MAX = _COUNTER_OFFSET - _PREFIX.size
 COUNTER_BANKS = 4
 COUNTERS_PER_BANK = 256
@@ -77,6 +80,8 @@ _FAILURE_OFFSET = _RECORD_FIELDS.size
 _REASON_BYTES = 104
 
 FLAG_CHECKSUM = 1
+
+_MAX_TICKS = 1 << 40  # of a process's start after the boot: 350 years
 
 
 def align(size: int, to: int = EXTENT_ALIGN) -> int:
@@ -134,6 +139,8 @@ class RouteLayout:
         if not 1 <= len(self.layer_ids) <= MAX_LAYERS:
             raise ValueError(f"{len(self.layer_ids)} MoE layers; 1 to {MAX_LAYERS} are allowed")
         ascending = all(a < b for a, b in zip(self.layer_ids, self.layer_ids[1:], strict=False))
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers is {self.num_layers}; up to {MAX_LAYERS} are allowed")
         if self.layer_ids[0] < 0 or not ascending or self.layer_ids[-1] >= self.num_layers:
             raise ValueError(
                 f"layer_ids must ascend within [0, {self.num_layers}): {self.layer_ids}"
@@ -263,8 +270,8 @@ def initialise(fd: int, description: ArenaDescription) -> None:
     os.pwrite(fd, MAGIC, 0)
 
 
-def read_header(segment: memoryview, size: int, name: str) -> ArenaDescription:
-    """Parse and check a header out of ``segment``.
+def read_header(segment: bytes | memoryview, size: int, name: str) -> ArenaDescription:
+    """Parse and check the header at the beginning of ``segment``, which has ``size`` bytes in all.
 
     Works on one copy of the bytes, so that a header that changes underneath cannot pass
     a check with one value and be used with another.
@@ -274,7 +281,7 @@ def read_header(segment: memoryview, size: int, name: str) -> ArenaDescription:
     LayoutMismatch
         Not an arena, another layout version, or a geometry that ``size`` cannot hold.
     """
-    if size < _TABLE_OFFSET:
+    if size < _TABLE_OFFSET or len(segment) < _COUNTER_OFFSET:
         raise LayoutMismatch(f"{name} is no shmroute arena: {size} bytes, too short for a header")
     head = bytes(segment[:_COUNTER_OFFSET])
     magic, version, length = _PREFIX.unpack_from(head)
@@ -291,7 +298,7 @@ def read_header(segment: memoryview, size: int, name: str) -> ArenaDescription:
         description = _unpack_description(head[_PREFIX.size : _PREFIX.size + length])
     except (ArithmeticError, LookupError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise LayoutMismatch(f"{name}: the header cannot be read: {error}") from error
-    if not 1 <= description.slots <= MAX_SLOTS or description.heap_bytes < 0:
+    if not 1 <= description.slots <= MAX_SLOTS or description.heap_bytes < 1:
         raise LayoutMismatch(
             f"{name}: {description.slots} slots do not fit a capacity of "
             f"{description.capacity} bytes"
@@ -362,6 +369,10 @@ def _unpack_description(blob: bytes) -> ArenaDescription:
     if not isinstance(fields, dict):
         raise ValueError("it is not a map")
     pid, start_time, boot_id, host = fields["writer"]
+    if len(bytes.fromhex(str(boot_id).replace("-", ""))) != 16:
+        raise ValueError(f"its boot id is {boot_id!r:.60}")
+    if not 0 <= start_time < _MAX_TICKS:
+        raise ValueError(f"its writer started {start_time!r:.40} ticks after the boot")
     return ArenaDescription(
         arena_id=b"".join([fields["id"]]),  # bytes(n) would make n zeros
         routes=RouteLayout(

@@ -101,13 +101,10 @@ class ArenaMemory:
     def _map(
         cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool, populate: bool
     ) -> ArenaMemory:
-        status = os.fstat(fd)
-        if status.st_size < layout.PAGE:
-            raise LayoutMismatch(f"{segment.data} has {status.st_size} bytes: no arena")
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        data = mmap.mmap(fd, status.st_size, flags=flags, prot=protection)
-        description = layout.read_header(memoryview(data), status.st_size, segment.data)
+        # Read, not mapped: nothing is touched, and no more is mapped than the header asks for,
+        # before it is known what this is.
+        head, size = os.pread(fd, layout.HEADER_BYTES, 0), os.fstat(fd).st_size
+        description = layout.read_header(head, size, segment.data)
         if description.arena_id != segment.arena_id:
             raise LayoutMismatch(
                 f"{segment.data} holds arena {description.arena_id.hex()}: it was renamed"
@@ -116,7 +113,13 @@ class ArenaMemory:
             raise LayoutMismatch(
                 f"{segment.control} is shorter than {description.control_bytes} bytes"
             )
-        control = mmap.mmap(control_fd, description.control_bytes, access=mmap.ACCESS_WRITE)
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        try:
+            data = mmap.mmap(fd, description.capacity, flags=flags, prot=protection)
+            control = mmap.mmap(control_fd, description.control_bytes, access=mmap.ACCESS_WRITE)
+        except ValueError as error:
+            raise LayoutMismatch(f"{segment.data} became shorter while it was opened") from error
         return cls(segment, description, data, control)
 
     def slot_offset(self, slot: int) -> int:

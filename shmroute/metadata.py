@@ -3,16 +3,21 @@
 msgpack ``[rid, missing, versions]``: ``missing`` is a list of ``[first, end)`` row ranges,
 flattened, or a bit a row, whichever is smaller; ``versions`` are runs
 ``[first row, epoch, label]`` in row order, each reaching to the next one's first row.
+
+What is read is untrusted: types and ranges are checked, and no list has more than ``_LIST_MAX``
+items, so that nested ones cannot claim the reader's memory (see ``ticket``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 import numpy.typing as npt
+
+_LIST_MAX = 1 << 14
 
 
 class WeightRun(NamedTuple):
@@ -38,6 +43,8 @@ class Metadata(NamedTuple):
         """Raise ValueError unless a record of ``tokens`` rows can say this of itself."""
         if self.missing and not 0 <= self.missing[0][0] < self.missing[-1][1] <= tokens:
             raise ValueError(f"missing rows {self.missing} lie outside [0, {tokens})")
+        if len(self.versions) > _LIST_MAX:
+            raise ValueError(f"{len(self.versions)} weight runs; a record has up to {_LIST_MAX}")
         for first, _epoch, _label in self.versions:
             if not 0 <= first < max(tokens, 1):
                 raise ValueError(f"weight runs {self.versions} begin outside [0, {tokens})")
@@ -48,9 +55,9 @@ class Metadata(NamedTuple):
         return self._replace(versions=runs)
 
     def pack(self, tokens: int = 0) -> bytes:
-        """Encode; with ``tokens`` given, ranges may turn into a bitmap when that is smaller."""
+        """Encode; with ``tokens`` given, many ranges turn into a bitmap, as is smaller."""
         flat: Any = [bound for span in self.missing for bound in span]
-        if tokens and len(self.missing) * 10 > (tokens + 7) // 8:
+        if tokens and (len(flat) * 5 > (tokens + 7) // 8 or len(flat) > _LIST_MAX):
             bits = np.zeros(tokens, dtype=np.uint8)
             for first, end in self.missing:
                 bits[first:end] = 1
@@ -68,8 +75,10 @@ class Metadata(NamedTuple):
             It is no metadata, or speaks of rows that the record does not have.
         """
         try:
-            rid, missing, versions = msgpack.unpackb(blob, max_map_len=0, max_ext_len=0)
-            runs = as_runs(versions)
+            rid, missing, versions = msgpack.unpackb(
+                blob, max_array_len=_LIST_MAX, max_map_len=0, max_ext_len=0
+            )
+            runs = _runs(versions, tokens)
             spans = _spans(missing, tokens)
         except ValueError:
             raise
@@ -77,10 +86,15 @@ class Metadata(NamedTuple):
             raise ValueError(f"unreadable record metadata: {error}") from error
         if not isinstance(rid, str):
             raise ValueError("the record's rid is no text")
-        for run in runs:
-            if not 0 <= run.first < max(tokens, 1):
-                raise ValueError("a weight version run lies outside the record")
         return cls(rid, spans, runs)
+
+
+def _runs(versions: Any, tokens: int) -> tuple[WeightRun, ...]:
+    runs = tuple([WeightRun(first, epoch, label) for first, epoch, label in versions])
+    for run in runs:
+        if [*map(type, run)] != [int, int, str] or not 0 <= run.first < max(tokens, 1):
+            raise ValueError(f"{run!r:.80} is no weight version run of {tokens} rows")
+    return runs
 
 
 def _spans(missing: Any, tokens: int) -> tuple[tuple[int, int], ...]:
@@ -90,12 +104,12 @@ def _spans(missing: Any, tokens: int) -> tuple[tuple[int, int], ...]:
         if len(missing) != (tokens + 7) // 8:
             raise ValueError(f"a bitmap of {len(missing)} bytes for {tokens} rows")
         return ranges_of(np.unpackbits(np.frombuffer(missing, np.uint8), count=tokens))
-    if not isinstance(missing, Sequence) or len(missing) % 2:
+    if not isinstance(missing, list) or len(missing) % 2:
         raise ValueError("missing rows are neither ranges nor a bitmap")
-    bounds = [int(bound) for bound in missing]
-    if any(not 0 <= bound <= tokens for bound in bounds) or bounds != sorted(bounds):
+    inside = all(type(bound) is int and 0 <= bound <= tokens for bound in missing)
+    if not inside or missing != sorted(missing):
         raise ValueError(f"missing rows lie outside [0, {tokens})")
-    return tuple(zip(bounds[::2], bounds[1::2], strict=True))
+    return tuple(zip(missing[::2], missing[1::2], strict=True))
 
 
 def ranges_of(mask: npt.ArrayLike) -> tuple[tuple[int, int], ...]:

@@ -26,6 +26,7 @@ all in one go.
 from __future__ import annotations
 
 import enum
+import os
 import time
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from .errors import (
     IncompleteRoutes,
     InvalidTicket,
     LayoutMismatch,
+    LeaseUnavailable,
     NotOnThisNode,
     RouteFailed,
     RouteGone,
@@ -185,6 +187,12 @@ class Opener:
             leased = held.try_acquire(slot)
         except FileNotFoundError as error:
             raise RouteGone(f"rid {rid!r}: its arena {attached.segment.data} is gone") from error
+        except PermissionError as error:
+            raise LeaseUnavailable(
+                error.errno,
+                f"rid {rid!r}: user {os.geteuid()} may not open its lease file: read as user "
+                f"{attached.segment.uid}, or let that user's group read {error.filename}",
+            ) from error
         word = int(memory.words[slot])
         if not leased:
             if word | 1 > generation + 1:
@@ -199,6 +207,11 @@ class Opener:
             if word != generation or int(memory.acknowledgements[slot]) == generation:
                 raise ended(attached, slot, generation, rid)
             row = memory.row(slot)
+            if row.generation != generation:
+                raise LayoutMismatch(
+                    f"slot {slot} of {memory.segment.data} has the word of generation "
+                    f"{generation} and the row of {row.generation}: it is damaged"
+                )
             metadata = _checked_metadata(row, memory, slot, rid)
             if ticket is not None:
                 _check_ticket(ticket, row, memory.description.routes)
@@ -255,7 +268,9 @@ def _check_bounds(row: SlotRow, memory: ArenaMemory, slot: int) -> None:
         and row.extent_offset % layout.EXTENT_ALIGN == 0
         and rows_end <= row.metadata_offset
         and metadata_end <= row.extent_offset + row.extent_bytes <= len(memory.heap)
+        and row.metadata_bytes <= layout.MAX_METADATA + row.tokens // 8
         and row.missing_rows <= row.tokens
+        and row.start < layout.MAX_TOKENS
     )
     if not fits:
         raise LayoutMismatch(
