@@ -150,10 +150,12 @@ class Publisher:
         """Hand over what was collected in this step."""
         if not self._pending:
             return
-        jobs, self._pending = self._pending, []
-        self._pending_bytes = 0
         self.counters.add("publish_calls")
-        self.gatherer.submit(jobs)
+        try:
+            self.gatherer.submit(self._pending)
+        finally:
+            # Only now: while there is something pending, the sealer leaves the interpreter alone.
+            self._pending, self._pending_bytes = [], 0
 
     def _when_full(self, request: Finished, full: ArenaFull) -> bytes:
         self._warn_full(request, full)

@@ -472,6 +472,28 @@ def test_while_a_step_collects_sealing_waits(
             assert routes.tokens == 20
 
 
+class LingeringGatherer(HostGatherer):
+    """Hands its work over at once, and takes its time before the scheduler thread goes on."""
+
+    def submit(self, jobs: list[Job]) -> None:
+        super().submit(jobs)
+        self.fence()
+        time.sleep(0.1)
+        self.open_at_the_end = [job.record.open for job in jobs]
+
+
+def test_while_a_step_is_handed_over_sealing_waits(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_bridge.publisher._PATIENCE", 60.0)
+    bridge = make_bridge(gatherer=LingeringGatherer)
+    ticket, rows = bridge.serve("handed-over", 20)
+    bridge.publisher.flush()
+    assert bridge.publisher.gatherer.open_at_the_end == [True]
+    with ShmRouteReader(ticket) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows)
+
+
 def test_a_step_that_stays_pending_holds_up_sealing_only_so_long(make_bridge: Make) -> None:
     """A scheduler that is interrupted between collecting and handing over."""
     _, first, pending = sealing_beside_a_pending_step(make_bridge)
