@@ -75,13 +75,22 @@ class Process:
 
     def do(self, command: str, **facts: Any) -> Any:
         """Have a command run; its result."""
+        self.begin(command, **facts)
+        return self.finish()
+
+    def begin(self, command: str, **facts: Any) -> None:
+        """Have a command run, beside what the test does meanwhile."""
+        self._asked = f"{command}({facts})"
         self._talk.write(json.dumps([command, facts]) + "\n")
         self._talk.flush()
+
+    def finish(self) -> Any:
+        """The result of what was begun."""
         said = self._talk.readline()
         if not said:
-            raise AssertionError(f"{command}({facts}) ended the process: status {self.end()}")
+            raise AssertionError(f"{self._asked} ended the process: status {self.end()}")
         answer = json.loads(said)
-        assert "crash" not in answer, f"{command}({facts}):\n{answer['crash']}"
+        assert "crash" not in answer, f"{self._asked}:\n{answer['crash']}"
         return answer["result"]
 
     def kill(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import _pickle
+import ctypes
 import json
+import mmap
 import pickle
 import random
 import re
@@ -30,6 +32,14 @@ def _audit(event: str, _arguments: Any) -> None:
         _refuse()
 
 
+def _readable(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+        if first <= address < end:
+            return "r" in line.split()[1]
+    return False
+
+
 class Victim:
     """Bounded in memory and CPU; nothing may be unpickled in it."""
 
@@ -54,6 +64,26 @@ class Victim:
             names = [kind.__name__ for kind in type(error).__mro__]
             public = next(name for name in names if not name.startswith("_"))
             return {"error": public, "says": str(error)}
+
+    def guard(self, source: str) -> bool:
+        """Attach with a page behind the mapping that nobody may touch; whether it is there."""
+        anywhere = ctypes.CDLL(None).mmap
+        tried = []
+        while len(tried) < 99:
+            # The kernel puts the next mapping right below the last, unless it fits into a gap.
+            anywhere(None, mmap.PAGESIZE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+            attached._attached.clear()
+            self.open(source)
+            (arena,) = attached._attached.values()
+            tried.append(arena)  # it fills its gap
+            self._end = arena.memory.heap_address + len(arena.memory.heap)
+            if not _readable(self._end):
+                return True
+        return False
+
+    def peek(self, behind: int) -> int:
+        """Read a byte ``behind`` the mapping's end; -1 is within it."""
+        return ctypes.string_at(self._end + behind, 1)[0]
 
     def look(self, arena: str, with_table: bool = False) -> list[str]:
         """What the commands make of it; the state of each segment. ``ls`` takes 60 ms."""
