@@ -83,13 +83,20 @@ class RouteArray(np.ndarray[Any, Any]):
         if self._source is None:
             return None
         rows, ticket = self._source
-        first = int(self.__array_interface__["data"][0])
-        reach = [step * (length - 1) for step, length in zip(self.strides, self.shape, strict=True)]
-        low = first + sum(step for step in reach if step < 0)
-        high = first + sum(step for step in reach if step > 0) + self.itemsize
-        if not self.size or not rows.address <= low < high <= rows.address + rows.nbytes:
+        offset = int(self.__array_interface__["data"][0]) - rows.address
+        if not self.size or not _fits(offset, self.shape, self.strides, self.itemsize, rows.nbytes):
             return None
-        return ticket, first - rows.address
+        return ticket, offset
+
+
+def _fits(
+    offset: int, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, size: int
+) -> bool:
+    """Whether all items of a view that has some lie within ``size`` bytes."""
+    reach = [step * (length - 1) for step, length in zip(strides, shape, strict=True)]
+    low = offset + sum(step for step in reach if step < 0)
+    high = offset + sum(step for step in reach if step > 0) + itemsize
+    return 0 <= low < high <= size
 
 
 def route_array(rows: LeasedRows, ticket: bytes) -> RouteArray:
@@ -116,7 +123,9 @@ def _map_again(
     if dtype.hasobject:
         raise ValueError(f"a route array of dtype {dtype} cannot be mapped")
     flat = whole.reshape(-1).view(np.uint8)
-    # NumPy's own constructor checks that offset, shape and strides stay inside the buffer.
+    # NumPy's own check of strides overflows: 8 steps of -2**61 + 13 bytes are 104 bytes to it.
+    if 0 not in shape and not _fits(offset, shape, strides, dtype.itemsize, flat.nbytes):
+        raise ValueError(f"a view of shape {shape}, strides {strides} lies outside its record")
     view = np.ndarray(shape, dtype=dtype, buffer=flat, offset=offset, strides=strides)
     result = view.view(RouteArray)
     result._source = whole._source

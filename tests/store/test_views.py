@@ -225,6 +225,8 @@ def test_the_pickle_of_a_released_record_is_route_gone(record, whole):
         (0, (2,), (-1,)),
         (0, (1 << 62, 4), (0, 1)),
         (0, (-1,), (1,)),
+        (0, (9,), (13 - (1 << 61),)),
+        (0, (9,), (13 + (1 << 61),)),
     ],
 )
 def test_a_forged_view_that_leaves_the_record_is_refused(record, offset, shape, strides):
