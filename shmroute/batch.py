@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import torch
 
 _TOKENS_MAX = (1 << 31) - 1  # cu_seqlens is int32
+# Rows that memory is taken for on a ticket's word. A record of more is opened first, which is
+# nothing beside copying it.
+_TOKENS_BELIEVED = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -180,9 +183,13 @@ class _Records:
         return (self[index] for index in range(len(self)))
 
     def tokens(self) -> list[int]:
-        """Rows of each. What a ticket says is compared with the record when that is opened."""
+        """Rows of each. What a ticket says is compared with the record when that is opened; if
+        it says a lot, now, before memory is taken for it.
+        """
         counts = [
-            self[index].tokens if isinstance(source, str) else source.tokens
+            self[index].tokens
+            if isinstance(source, str) or source.tokens > _TOKENS_BELIEVED
+            else source.tokens
             for index, source in enumerate(self._sources)
         ]
         if sum(counts) > _TOKENS_MAX:

@@ -294,6 +294,13 @@ def test_a_ticket_that_lies_about_its_rows_is_refused(arena, tickets, tokens):
     assert leases_on(arena) == 0
 
 
+@pytest.mark.parametrize("tokens", [1 << 17, (1 << 31) - 100])
+def test_memory_is_not_taken_for_rows_that_only_a_ticket_speaks_of(tickets, tokens):
+    forged = decode(tickets[1])._replace(tokens=tokens).encode()
+    with pytest.raises(InvalidTicket, match="the ticket speaks of"):
+        read_batch([tickets[0], forged])
+
+
 def test_missing_rows_are_ranges_of_the_batch(arena):
     tickets = [
         add(arena, "a", tokens=10).ticket,
