@@ -123,8 +123,10 @@ def _map_again(
     if dtype.hasobject:
         raise ValueError(f"a route array of dtype {dtype} cannot be mapped")
     flat = whole.reshape(-1).view(np.uint8)
-    # NumPy's own check of strides overflows: 8 steps of -2**61 + 13 bytes are 104 bytes to it.
-    if 0 not in shape and not _fits(offset, shape, strides, dtype.itemsize, flat.nbytes):
+    # NumPy's own check of strides overflows: 8 steps of -2**61 + 13 bytes are 104 bytes to it. And
+    # a length of -1 is to it as many items as the buffer has, wherever the strides lead.
+    inside = 0 in shape or _fits(offset, shape, strides, dtype.itemsize, flat.nbytes)
+    if min(shape, default=1) < 0 or not inside:
         raise ValueError(f"a view of shape {shape}, strides {strides} lies outside its record")
     view = np.ndarray(shape, dtype=dtype, buffer=flat, offset=offset, strides=strides)
     result = view.view(RouteArray)
