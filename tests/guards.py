@@ -392,6 +392,22 @@ _SEGMENTS = (
         ("store/test_creation.py::test_memory_that_is_gone_when_it_is_taken_is_arena_too_small",),
     ),
     Guard(
+        "files that everybody may write",
+        "what an arena says is its owner's word",
+        "shmroute/segments.py",
+        "if status.st_mode & stat.S_IWOTH:",
+        "if False:",
+        ("store/test_attacks.py::test_a_file[data-that-everybody-may-write]",),
+    ),
+    Guard(
+        "the row's generation against its word",
+        "the row of another record is not taken for this one's",
+        "shmroute/opening.py",
+        "if row.generation != generation:",
+        "if False:",
+        ("store/test_attacks.py::test_a_record[generation-of-another-life]",),
+    ),
+    Guard(
         "the mode of new files",
         "files have mode 0600, whatever the umask",
         "shmroute/segments.py",
