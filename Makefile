@@ -18,7 +18,7 @@ test: setup
 	$(VENV) -m pytest
 
 test-fast: setup
-	$(VENV) -m pytest -m "not engine"
+	$(VENV) -m pytest -m "not engine and not gate"
 
 lint: setup
 	$(TOOLS)/ruff check .

@@ -42,6 +42,7 @@ def outcomes() -> Iterator[dict[Guard, Outcome]]:
     print_table(found)
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("guard", EACH)
 def test_without_it_a_test_fails(guard: Guard, gate: Gate, outcomes: dict[Guard, Outcome]) -> None:
     if guard.gpu and not has_cuda():
