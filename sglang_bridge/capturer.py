@@ -152,6 +152,14 @@ class ArenaCapturer(RoutedExpertsCapturer):
 
     # -- at each forward ---------------------------------------------------------------------
 
+    def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
+        """Keep a layer's routes; of a forward that the buffer cannot hold, none.
+
+        SGLang's own write would raise inside the model and end the engine. Its rows stay -1.
+        """
+        if len(topk_indices) <= len(self.device_cache.buffer):
+            super().capture(layer_id, topk_indices)
+
     def on_forward_begin(self, forward_batch: Any) -> None:
         """Keep what the forward is about: token ids, positions, KV locations, unpadded.
 
@@ -180,8 +188,13 @@ class ArenaCapturer(RoutedExpertsCapturer):
 
         What is returned rides with the batch's result through SGLang's overlap.
         """
+        if self._shares_buffer:
+            captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
+        else:
+            captured = self._every_row
         native = None
-        if self.shadow:
+        # SGLang's way would raise for a forward that the buffer could not hold.
+        if self.shadow and len(captured) >= len(forward_batch.out_cache_loc):
             native = super().on_forward_end(
                 forward_batch, can_run_graph, cuda_graph_batch, no_copy_to_cpu
             )
@@ -190,10 +203,6 @@ class ArenaCapturer(RoutedExpertsCapturer):
                 native.map_device_tensors(torch.clone)
         if self.publisher is None:
             return native
-        if self._shares_buffer:
-            captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
-        else:
-            captured = self._every_row
         entry, self._entry = self._entry, None
         self._scatter(self.publisher, captured, entry)
         if self._shares_buffer:
@@ -209,12 +218,14 @@ class ArenaCapturer(RoutedExpertsCapturer):
             if entry is None:
                 raise RuntimeError("a forward ended whose beginning was not seen")
             count = len(entry.tokens)
-            lengths = len(captured), len(entry.locations), len(entry.positions)
+            if len(captured) < count:
+                raise RuntimeError(
+                    f"a forward of {count} tokens, and the capture buffer holds {len(captured)}"
+                )
+            lengths = len(entry.locations), len(entry.positions)
             if min(lengths) < count:
                 # Locations without new rows would keep a former occupant's, tags and all.
-                raise RuntimeError(
-                    f"{lengths} rows captured, locations and positions for {count} tokens"
-                )
+                raise RuntimeError(f"{lengths} locations and positions for {count} tokens")
             epoch = self.epochs.mark_used()
             self.table.scatter(captured, entry.locations, entry.tokens, entry.positions, epoch)
         except Exception:

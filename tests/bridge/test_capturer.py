@@ -151,6 +151,50 @@ def test_in_shadow_mode_sglang_s_own_rows_reach_its_host_cache_through_the_mark(
     assert engine.gatherer.processed == [1]
 
 
+# -- a forward that the capture buffer cannot hold -----------------------------------------------
+
+
+def too_long_forward(capturer: Any, batch: Any, routes: torch.Tensor) -> Any:
+    """A forward in which each layer captures, as in the model, into a buffer of eight rows."""
+    from sglang.srt.state_capturer.base import BaseDeviceCache
+
+    capturer.device_cache = BaseDeviceCache(8, 3, 2, "cpu", name="routed_experts")
+    buffer = capturer.device_cache.buffer.fill_(-1)
+    capturer.num_fused_shared_experts = 0
+    capturer.on_forward_begin(batch)
+    for layer in range(3):
+        capturer.capture(layer, routes[:, layer])
+    return capturer.end_forward(batch, buffer)
+
+
+def test_rows_of_a_forward_longer_than_the_capture_buffer_are_missing_and_it_is_named(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a former occupant's tags would match: the same tokens ran there before."""
+    batch = engine.batch(12)
+    engine.capturer.forward(batch, engine.captured(12))
+    too_long_forward(engine.capturer, batch, engine.captured(12)).finalize()
+    assert "a forward of 12 tokens, and the capture buffer holds 8" in caplog.text
+    ticket = engine.serve(batch.input_ids.numpy(), batch.out_cache_loc.numpy())
+    with ShmRouteReader(ticket, allow_missing=True) as routes:
+        assert routes.missing == ((0, 12),)
+
+
+def test_the_forward_after_it_has_its_rows(engine: Engine) -> None:
+    too_long_forward(engine.capturer, engine.batch(12), engine.captured(12)).finalize()
+    batch, captured = engine.batch(8), engine.captured(8)
+    expected = captured.clone()
+    too_long_forward(engine.capturer, batch, captured).finalize()
+    ticket = engine.serve(batch.input_ids.numpy(), batch.out_cache_loc.numpy())
+    with ShmRouteReader(ticket) as routes:
+        np.testing.assert_array_equal(routes.numpy(), expected)
+
+
+def test_in_shadow_mode_it_leaves_sglang_s_host_cache_alone(engine: Engine) -> None:
+    too_long_forward(engine.shadowed, engine.batch(12), engine.captured(12)).finalize()
+    assert not engine.native.any()
+
+
 # -- memory of a colocated trainer ---------------------------------------------------------------
 
 
