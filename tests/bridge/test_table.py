@@ -138,6 +138,42 @@ def test_a_forward_of_no_tokens_changes_nothing(forwards: Forwards) -> None:
     assert (tags >= 0).all()
 
 
+# -- a prefix restored from a host KV cache ------------------------------------------------------
+
+
+def restored(table: RouteTable, ids: np.ndarray, locations: np.ndarray) -> np.ndarray:
+    """Mask of the rows that are missing once KV was copied to ``locations``, and no rows were."""
+    return wrong_rows(read(table, locations)[1], expected_places(ids, 0, VOCABULARY))
+
+
+@pytest.mark.parametrize("former", ["nobody", "other tokens", "the same tokens, one further on"])
+def test_rows_of_a_restored_prefix_are_missing_whoever_was_there_before(
+    forwards: Forwards, former: str
+) -> None:
+    ids, locations = forwards.token_ids(30), forwards.locations(60)
+    forwards.run(ids, locations[:30])  # where it was computed, before it went to the host
+    if former == "other tokens":
+        forwards.run((ids + 1) % VOCABULARY, locations[30:])
+    elif former != "nobody":
+        forwards.run(ids, locations[30:], start=1)
+    assert restored(forwards.table, ids, locations[30:]).all()
+
+
+def test_a_former_occupant_with_the_same_tokens_at_the_same_positions_passes_for_the_prefix(
+    forwards: Forwards,
+) -> None:
+    """What tags cannot tell, and why the engine's hierarchical cache is refused at start.
+
+    Whoever copies KV must declare the rows at its destinations invalid.
+    """
+    ids, locations = forwards.token_ids(30), forwards.locations(60)
+    forwards.run(ids, locations[:30])
+    forwards.run(ids, locations[30:])
+    assert not restored(forwards.table, ids, locations[30:]).any()
+    forwards.table.forget()
+    assert restored(forwards.table, ids, locations[30:]).all()
+
+
 # -- memory of a colocated trainer ---------------------------------------------------------------
 
 
