@@ -13,6 +13,8 @@ late         while the file ``late`` exists, KV locations are read at the end of
 altered      the next record of ``rows`` rows (file ``alter``: JSON ``{rows, row, layer}``) has
              one id changed after the gather; file ``altered`` then holds its rid
 unsealed     while the file ``hold`` exists, no record is sealed
+unfenced     while the file ``unfenced`` exists, gathers wait and forwards do not wait for them
+short        while the file ``short`` exists, the capture buffer has ``FAULT_ROWS`` rows
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def register() -> None:
     if "renamed" in faults and process == os.environ["FAULT_IN"]:
         _rename(os.environ["FAULT_SITE"])
     if process == "scheduler":
-        for fault in ("perturbed", "late", "altered", "unsealed"):
+        for fault in ("perturbed", "late", "altered", "unsealed", "unfenced", "short"):
             if fault in faults:
                 globals()[f"_{fault}"]()
 
@@ -130,3 +132,35 @@ def _unsealed() -> None:
         seal(self, job)
 
     Publisher._seal = holding
+
+
+def _unfenced() -> None:
+    from sglang_bridge.gather_host import HostGatherer
+
+    gather, fence = HostGatherer._gather, HostGatherer.fence
+
+    def waiting(self: Any, job: Any) -> None:
+        while _flag("unfenced").exists():
+            time.sleep(0.01)
+        gather(self, job)
+
+    def open_fence(self: Any) -> None:
+        if not _flag("unfenced").exists():
+            fence(self)
+
+    HostGatherer._gather, HostGatherer.fence = waiting, open_fence
+
+
+def _short() -> None:
+    from sglang_bridge.capturer import ArenaCapturer
+
+    begin, kept = ArenaCapturer.on_forward_begin, {}
+
+    def shortening(self: Any, forward_batch: Any) -> None:
+        whole = kept.setdefault("buffer", self.device_cache.buffer)
+        rows = int(os.environ["FAULT_ROWS"]) if _flag("short").exists() else len(whole)
+        self.device_cache.buffer = whole[:rows]
+        self._every_row = self.device_cache.buffer[:, :, : self.topk_size]
+        begin(self, forward_batch)
+
+    ArenaCapturer.on_forward_begin = shortening
