@@ -1,7 +1,7 @@
 """What all the engines of this session have left, ended in good order and by SIGKILL.
 
-It looks back at the starts 1, 2, 4 to 9 and 12 of the other modules, all of which had an arena
-of the same name, and adds two that are killed after one request: eleven starts and ends in a row.
+It looks back at the starts 1, 2, 4 to 9, 12 and 13 of the other modules, all of which had an arena
+of the same name, and adds two that are killed after one request: twelve starts and ends in a row.
 """
 
 from __future__ import annotations
