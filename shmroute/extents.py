@@ -81,6 +81,34 @@ class ExtentAllocator:
             size += right
         self._insert(offset, size)
 
+    def cheapest_run(self, pieces: dict[int, int], size: int, most: int) -> list[int]:
+        """Offsets of neighbours among allocated ``pieces`` (size by offset) which, given back,
+        make one free extent of ``size``, which none is now, with the free space between and
+        beside them.
+
+        Those of the fewest bytes, of equals the first, and at most ``most`` of them; empty when
+        there are none.
+        """
+        best: list[int] = []
+        least = self.total
+        for first in pieces:
+            run, cost = [], 0
+            at, room = first, first - self._start_of_end.get(first, first)
+            while room < size and cost < least:
+                piece = pieces.get(at, 0)
+                if piece:
+                    run.append(at)
+                    cost += piece
+                extent = piece or self._size_at.get(at, 0)
+                if not extent or len(run) > most:
+                    break
+                at += extent
+                room += extent
+            else:
+                if cost < least:
+                    best, least = run, cost
+        return best
+
     def free_extents(self) -> list[tuple[int, int]]:
         """``(offset, size)`` of every free extent, by offset."""
         return sorted(self._size_at.items())

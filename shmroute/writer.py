@@ -302,7 +302,8 @@ class RecordWriter:
         while left > 0 and rounds and not self._has_room(size):
             rounds -= 1
             lacking = size if self._allocator.largest < size else 1  # else only a slot is
-            evicted = self.evict_expired(until_bytes=lacking, limit=left)
+            evicted = self._evict_neighbours(lacking, left) if self._maintained else 0
+            evicted = evicted or self.evict_expired(until_bytes=lacking, limit=left)
             if not evicted:
                 break
             left -= evicted
@@ -454,6 +455,26 @@ class RecordWriter:
         if limit is not None:
             slots = slots[:_TRIED_AT_ONCE]
         return self._recycle_all(slots, "evicted", until_bytes, limit)
+
+    def _evict_neighbours(self, size: int, limit: int) -> int:
+        """Evict expired records that lie together, so that one piece of ``size`` comes free.
+
+        Few records can be evicted at once beside an engine's scheduler; the oldest would lie
+        anywhere, and go without making room.
+        """
+        slots = self._oldest_expired()[:_TRIED_AT_ONCE].tolist()
+        slot_at = {self._extent_of[slot][0]: slot for slot in slots}
+        pieces = dict([self._extent_of[slot] for slot in slots])
+        evicted = 0
+        for _ in range(_ROUNDS_AT_ONCE):
+            run = self._allocator.cheapest_run(pieces, size, limit - evicted)
+            recycled = self._recycle_all(np.array([slot_at[at] for at in run], np.intp), "evicted")
+            evicted += recycled
+            if recycled == len(run):
+                break
+            for at in run:  # one is under a lease: elsewhere
+                del pieces[at]
+        return evicted
 
     def _released(self) -> npt.NDArray[np.intp]:
         words = self.memory.words

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -47,6 +50,30 @@ class Allocations(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         offset = data.draw(st.sampled_from(sorted(self.taken)))
         self.allocator.free(offset, self.taken.pop(offset))
+
+    @precondition(lambda self: self.taken)
+    @rule(size=SIZES, most=st.integers(1, 6), data=st.data())
+    def look_for_the_cheapest_run(self, size: int, most: int, data: st.DataObject) -> None:
+        size += self.allocator.largest
+        chosen = data.draw(st.sets(st.sampled_from(sorted(self.taken)), min_size=1))
+        pieces = {offset: self.taken[offset] for offset in chosen}
+        run = self.allocator.cheapest_run(pieces, size, most)
+        costs = [sum(pieces[at] for at in other) for other in self.runs(pieces, size, most)]
+        assert bool(run) == bool(costs)
+        if run:
+            assert sum(pieces[at] for at in run) == min(costs)
+            assert sorted(run) in list(self.runs(pieces, size, most))
+
+    def runs(self, pieces: dict[int, int], size: int, most: int) -> Iterator[list[int]]:
+        """All runs that make room: every window of neighbours that are free or in ``pieces``."""
+        free = dict(self.allocator.free_extents())
+        extents = sorted({**free, **self.taken}.items())
+        for first, end in itertools.combinations(range(len(extents) + 1), 2):
+            window = extents[first:end]
+            run = [offset for offset, _ in window if offset in pieces]
+            usable = all(offset in free or offset in pieces for offset, _ in window)
+            if usable and 0 < len(run) <= most and sum(length for _, length in window) >= size:
+                yield run
 
     @invariant()
     def space_is_conserved_and_nothing_overlaps(self) -> None:

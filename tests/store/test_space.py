@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from actors import add, is_intact
+from actors import add, is_intact, pattern
 
 from shmroute import (
     ArenaFull,
@@ -310,6 +310,46 @@ def test_a_slot_that_lacks_costs_one_expired_record_however_large_the_new_one(ma
         add(arena, f"rid-{index}", tokens=1)
     add(arena, "large", TOKENS)
     assert read_counters(arena.memory.counters)["evicted"] == 1
+
+
+@pytest.fixture
+def maintained(make_arena):
+    """A full arena beside whose reserving thread another maintains, and its expired records: each
+    second of the heap is among the older ones, which are more than are evicted at once.
+    """
+    arena = make_arena(retention=0.0, slots=1024, maintained=True)
+    size = arena.writer._allocator.total // 800
+    tokens = size // arena.memory.description.routes.row_bytes * 7 // 8
+    records = []
+    while arena.writer._allocator.largest >= size:
+        records.append(arena.reserve(f"rid-{len(records)}", tokens=tokens))
+    for record in records[::2] + records[1::2]:
+        record.rows[...] = pattern(record.rid, record.generation, tokens)
+        record.seal()
+    return arena, records
+
+
+def test_a_maintained_writer_evicts_neighbours_and_no_more_than_make_room(maintained):
+    """Evicted are few at once: the oldest would lie apart from each other."""
+    arena, records = maintained
+    size = records[0].plan.total_bytes
+    assert arena.reserve("large", tokens=5 * records[0].tokens).plan.total_bytes > 4 * size
+    assert read_counters(arena.memory.counters)["evicted"] <= 6
+
+
+def test_a_maintained_writer_finds_room_beside_what_is_leased(maintained):
+    arena, records = maintained
+    held = [ShmRouteReader(record.ticket) for record in records[4:300:5]]
+    assert arena.reserve("large", tokens=3 * records[0].tokens)
+    assert all(map(is_intact, held))
+
+
+def test_a_maintained_writer_evicts_what_little_makes_no_room_for_now(maintained):
+    """The rest is for later requests, so as not to keep the reserving thread."""
+    arena, records = maintained
+    with pytest.raises(ArenaFull):
+        arena.reserve("huge", tokens=500 * records[0].tokens)
+    assert 0 < read_counters(arena.memory.counters)["evicted"] <= 64
 
 
 def test_maintain_keeps_an_eighth_free_of_expired_records(make_arena):
