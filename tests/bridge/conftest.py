@@ -26,6 +26,19 @@ def arena_name() -> Iterator[str]:
     assert not left, f"left in {SHM_DIR}: {left}"
 
 
+@pytest.fixture(autouse=True)
+def environment_restored() -> Iterator[None]:
+    """SGLang writes what it resolves into the environment, and engines of later tests inherit it.
+
+    Of DWDP, for one, that data-parallel ranks need not tell each other their batches.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def sglang() -> Iterator[SimpleNamespace]:
     """SGLang on the plain-CPU platform: what the tests use of it, by name.
