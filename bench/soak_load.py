@@ -3,6 +3,12 @@
 The ratio that decides about fragmentation is that of the largest record to the heap. Here it is
 0.15%, as of 32,768 tokens of 48 layers and top-8 in the default 8 GiB; lengths are drawn
 log-uniformly from 1% of the largest on.
+
+At first the load fits: what is not released and not expired fills most of the heap, and at times
+nearly all of it. In the last quarter it is too much at times. An overload leaves holes as small as
+the small records that were the last to find room, whatever the allocator (best fit, first fit and
+large ones apart were tried); for a while the largest records find none at lower fills, too. So how
+full the heap was when a request went inline is counted apart then.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ class Load:
     heap, slots
         Of the arena; bytes of the heap are a little more, since its tables end with a page.
     rate, pace
-        Records a second; for a while of ``pace`` seconds it is a factor between 0.3 and 3 of that.
+        Records a second; for a while of ``pace`` seconds it is a factor of that, see ``FACTORS``.
     retention
         Seconds after which a record that nobody releases may be evicted.
     hold, late
@@ -94,13 +100,26 @@ QUICK = Load(
     rest=2.5,
 )
 
+# Of the rate, while the load fits and while it is too much.
+FACTORS = {False: (0.3, 1.0, 1.0, 1.4), True: (0.3, 1.0, 1.0, 3.0)}
 # Below these shares of used heap a request that goes inline is counted apart.
 FILLS = (50, 80, 90, 100)
+
+
+def inline_below(fill: int, overload: bool) -> str:
+    """The count of requests that went inline while so much of the heap was used."""
+    return f"inline below {fill}%{' in the overload' if overload else ''}"
+
+
+LOWEST = {
+    False: "lowest inline fill, per mille",
+    True: "lowest inline fill in the overload, per mille",
+}
 _COUNTS = (
     "records",
     "sealed",
     "failed",
-    *(f"inline below {fill}%" for fill in FILLS),
+    *(inline_below(fill, overload) for overload in (False, True) for fill in FILLS),
     "inline for want of a slot",
     "tickets that nobody took",
     "read",
@@ -120,7 +139,7 @@ _COUNTS = (
     "heap used",
     "free pieces",
     "largest free piece",
-    "lowest inline fill, per mille",
+    *LOWEST.values(),
     "usable slots",
     "heap in one piece",
 )
@@ -140,8 +159,8 @@ class Tally:
         self._counts[_COLUMN[name]] = value
 
 
-class Rest:
-    """Whether all are to rest now: one word that all processes share."""
+class Flag:
+    """A word that all processes share."""
 
     def __init__(self) -> None:
         self._word = mmap.mmap(-1, 1)
@@ -149,11 +168,8 @@ class Rest:
     def __bool__(self) -> bool:
         return self._word[0] != 0
 
-    def begin(self) -> None:
-        self._word[0] = 1
-
-    def end(self) -> None:
-        self._word[0] = 0
+    def set(self, value: bool) -> None:
+        self._word[0] = value
 
 
 class Tallies:

@@ -16,10 +16,12 @@ from collections import deque
 from contextlib import suppress
 from typing import NamedTuple
 
+import numpy as np
 from crash_rows import key_of, look
-from soak_load import Load, Rest, Tally
+from soak_load import Flag, Load, Tally
 
-from shmroute import RouteFailed, RouteGone, RouteNotFound, RouteTimeout, ShmRouteReader
+from shmroute import RouteFailed, RouteGone, RouteNotFound, RouteTimeout, ShmRouteReader, layout
+from shmroute.attached import attach_all
 from shmroute.ticket import Ticket, decode
 
 _TICKET_BYTES = 512
@@ -36,9 +38,10 @@ class _Held(NamedTuple):
 
 
 def read(
-    arena: str, load: Load, seed: int, tickets: socket.socket, rest: Rest, tally: Tally
+    arena: str, load: Load, seed: int, tickets: socket.socket, rest: Flag, tally: Tally
 ) -> None:
     """Read what is handed over until killed."""
+    _touch_heap(arena)
     tickets.settimeout(_IDLE)
     reading = _Reading(arena, load, random.Random(seed), tally)
     while True:
@@ -52,6 +55,12 @@ def read(
         else:
             tally.set("at rest", 0)
             reading.come_back()
+
+
+def _touch_heap(arena: str) -> None:
+    """Have the whole mapping in this process's RSS, which would rise for minutes otherwise."""
+    for attached in attach_all(arena):
+        np.frombuffer(attached.memory.heap, np.uint8)[:: layout.PAGE].max()
 
 
 class _Reading:

@@ -43,9 +43,6 @@ class Samples:
         times, values = np.array(self.times[half:]), np.array(self.series[name][half:])
         return theil_sen(times, values) * float(times[-1] - times[0])
 
-    def most_of_first_half(self, name: str) -> float:
-        return max(self.series[name][: len(self.times) // 2])
-
     def median(self, name: str) -> float:
         """Of the second half."""
         return float(np.median(self.series[name][len(self.times) // 2 :]))

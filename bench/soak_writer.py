@@ -20,7 +20,7 @@ from typing import Any
 
 from crash_rows import LAYOUT, key_of, rows_of
 from crash_writer import copy_half
-from soak_load import FILLS, Load, Rest, Tally
+from soak_load import FACTORS, FILLS, LOWEST, Flag, Load, Tally, inline_below
 
 from shmroute import Arena, ArenaFull, layout, release
 from shmroute.reservation import Reservation
@@ -36,7 +36,8 @@ def write(
     load: Load,
     seed: int,
     takers: list[socket.socket],
-    rest: Rest,
+    rest: Flag,
+    overload: Flag,
     asked: int,
     tally: Tally,
 ) -> None:
@@ -51,7 +52,7 @@ def write(
     )
     _warm_up(arena)
     writing = _Writing(arena, load, random.Random(seed), takers, tally)
-    writing.run(rest, asked)
+    writing.run(rest, overload, asked)
     _prove(arena, writing.tickets, tally)
     arena.close()
 
@@ -85,11 +86,11 @@ class _Writing:
         self._takers = takers
         self._tally = tally
         self._made = 0
-        self._lowest_inline = 100.0
+        self._lowest_inline = {False: 100.0, True: 100.0}
         self._to_seal: queue.Queue[Any] = queue.Queue(_IN_FLIGHT)
         self.tickets: dict[int, bytes] = {}
 
-    def run(self, rest: Rest, asked: int) -> None:
+    def run(self, rest: Flag, overload: Flag, asked: int) -> None:
         chance = random.Random(self._chance.randrange(1 << 32))
         sealer = threading.Thread(target=self._seal_until_the_end, args=(chance,))
         sealer.start()
@@ -101,12 +102,13 @@ class _Writing:
                 continue
             if time.monotonic() > pace_ends:
                 pace_ends = time.monotonic() + self._chance.uniform(*self._load.pace)
-                pause = 1 / (self._load.rate * self._chance.choice((0.3, 1.0, 1.0, 3.0)))
-            self._request()
+                factor = self._chance.choice(FACTORS[bool(overload)])
+                pause = 1 / (self._load.rate * factor)
+            self._request(bool(overload))
         self._to_seal.put(None)
         sealer.join()
 
-    def _request(self) -> None:
+    def _request(self, overload: bool) -> None:
         self._made += 1
         again = self._made > _RIDS and self._chance.random() < _AGAIN
         rid = f"r{self._made - self._chance.randrange(1, _RIDS) if again else self._made}"
@@ -114,7 +116,7 @@ class _Writing:
         try:
             record = self._arena.reserve(rid, tokens=self._load.draw_tokens(self._chance))
         except ArenaFull as full:
-            self._count_inline(full)
+            self._count_inline(full, overload)
             return
         ticket = self.tickets[record.slot] = record.ticket
         self._hand_over(ticket)
@@ -122,15 +124,16 @@ class _Writing:
         if self._made % 16 == 0:
             self._show_space()
 
-    def _count_inline(self, full: ArenaFull) -> None:
+    def _count_inline(self, full: ArenaFull, overload: bool) -> None:
         if "a free slot" in str(full):
             self._tally.add("inline for want of a slot")
             return
         space = self._arena.writer.space()
         used = 100 * (space.total - space.free) / space.total
-        self._tally.add(f"inline below {next((f for f in FILLS if used < f), FILLS[-1])}%")
-        self._lowest_inline = min(self._lowest_inline, used)
-        self._tally.set("lowest inline fill, per mille", int(10 * self._lowest_inline))
+        fill = next((fill for fill in FILLS if used < fill), FILLS[-1])
+        self._tally.add(inline_below(fill, overload))
+        lowest = self._lowest_inline[overload] = min(self._lowest_inline[overload], used)
+        self._tally.set(LOWEST[overload], int(10 * lowest))
 
     def _hand_over(self, ticket: bytes) -> None:
         try:
