@@ -315,7 +315,9 @@ def main() -> int:
     print("seed", options.seed, flush=True)
     arena = f"soak{os.getpid()}"
     load = QUICK if options.quick else LONG
-    signal.signal(signal.SIGTERM, _interrupted)
+    # SIGINT, too: a shell's background job would ignore it.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupted)
     gc.freeze()
     with no_leftovers(arena):
         soak = Soak(load, options.seconds, options.seed, arena)
@@ -329,7 +331,7 @@ def main() -> int:
 
 
 def _interrupted(number: int, _frame: FrameType | None) -> None:
-    """End by an exception, as Ctrl-C does, so that everything is cleaned up."""
+    """End by an exception, so that everything is cleaned up."""
     sys.exit(128 + number)
 
 
