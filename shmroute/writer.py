@@ -301,8 +301,11 @@ class RecordWriter:
         # What comes free need not lie together: go on until one piece is large enough.
         while left > 0 and rounds and not self._has_room(size):
             rounds -= 1
-            lacking = size if self._allocator.largest < size else 1  # else only a slot is
-            evicted = self._evict_neighbours(lacking, left) if self._maintained else 0
+            evicted, lacking = 0, 1  # a slot only
+            if self._allocator.largest < size:
+                lacking = size
+                if self._maintained:
+                    evicted = self._evict_neighbours(size, left)
             evicted = evicted or self.evict_expired(until_bytes=lacking, limit=left)
             if not evicted:
                 break

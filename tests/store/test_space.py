@@ -312,6 +312,17 @@ def test_a_slot_that_lacks_costs_one_expired_record_however_large_the_new_one(ma
     assert read_counters(arena.memory.counters)["evicted"] == 1
 
 
+@pytest.mark.parametrize("maintained", [False, True])
+def test_a_slot_that_lacks_costs_the_oldest_expired_record_not_the_smallest(make_arena, maintained):
+    arena = make_arena(retention=0.0, slots=2, maintained=maintained)
+    oldest, smaller = add(arena, "oldest", tokens=40), add(arena, "smaller", tokens=1)
+    add(arena, "new", tokens=1)
+    with pytest.raises(RouteGone):
+        ShmRouteReader(oldest.ticket)
+    with ShmRouteReader(smaller.ticket) as routes:
+        assert is_intact(routes)
+
+
 @pytest.fixture
 def maintained(make_arena):
     """A full arena beside whose reserving thread another maintains, and its expired records: each
