@@ -16,6 +16,7 @@ Invariant: the free extents are disjoint, no two touch, and
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from typing import NamedTuple
 
 from .layout import EXTENT_ALIGN
@@ -87,27 +88,32 @@ class ExtentAllocator:
         beside them.
 
         Those of the fewest bytes, of equals the first, and at most ``most`` of them; empty when
-        there are none.
+        there are none. Its time does not grow with ``size``: a window slides over the pieces.
         """
+        order = {offset: place for place, offset in enumerate(pieces)}
         best: list[int] = []
-        least = self.total
-        for first in pieces:
-            run, cost = [], 0
-            at, room = first, first - self._start_of_end.get(first, first)
-            while room < size and cost < least:
-                piece = pieces.get(at, 0)
-                if piece:
-                    run.append(at)
-                    cost += piece
-                extent = piece or self._size_at.get(at, 0)
-                if not extent or len(run) > most:
-                    break
-                at += extent
-                room += extent
-            else:
-                if cost < least:
-                    best, least = run, cost
+        least = self.total, 0
+        window: deque[int] = deque()
+        cost = behind = 0
+        for offset in sorted(pieces):
+            if self._free_before(offset) != behind:
+                window.clear()  # something that stays lies between
+                cost = 0
+            window.append(offset)
+            cost += pieces[offset]
+            behind = offset + pieces[offset]
+            end = behind + self._size_at.get(behind, 0)
+            while len(window) > 1 and end - self._free_before(window[1]) >= size:
+                cost -= pieces[window.popleft()]
+            first = window[0]
+            enough = end - self._free_before(first) >= size and len(window) <= most
+            if enough and (cost, order[first]) < least:
+                best, least = list(window), (cost, order[first])
         return best
+
+    def _free_before(self, offset: int) -> int:
+        """Where the free extent that ends at ``offset`` begins; ``offset`` if there is none."""
+        return self._start_of_end.get(offset, offset)
 
     def free_extents(self) -> list[tuple[int, int]]:
         """``(offset, size)`` of every free extent, by offset."""
