@@ -6,21 +6,12 @@ The long form is ``bench/crash_campaign.py``; its results are in ``bench/results
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from crash_audit import KINDS
 from crash_points import POINTS
-
-ROOT = Path(__file__).parents[2]
-SHM = Path("/dev/shm")
-
 
 # -- kill points -------------------------------------------------------------------------------
 
@@ -46,36 +37,21 @@ def test_the_reader_dies_in_every_operation(operation):
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
+def campaign(
+    start_bench: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
     """Run the campaign with these arguments; its output and, by name, its figures."""
     folder = tmp_path_factory.mktemp("crash")
-    started: list[subprocess.Popen[str]] = []
 
     def run(*arguments: str) -> tuple[str, dict[str, Any]]:
-        result = folder / f"{len(started)}.json"
-        script = str(ROOT / "bench/crash_campaign.py")
-        command = [sys.executable, script, *arguments, "--json", str(result)]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-            start_new_session=True,
-        )
-        started.append(process)
+        result = folder / f"{len(list(folder.iterdir()))}.json"
+        process = start_bench("crash_campaign.py", "crash", *arguments, "--json", str(result))
         said, _ = process.communicate()
         assert process.returncode == 0, said
         rows = json.loads(result.read_text())["rows"]
         return said, {row["name"]: row["value"] for row in rows}
 
-    yield run
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its children end with it
-            process.wait()
-        for path in SHM.glob(f"shmroute-*-crash{process.pid}-*"):
-            path.unlink()
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,48 +8,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import soak
 from soak_samples import Samples, theil_sen
 
-ROOT = Path(__file__).parents[2]
-SHM = Path("/dev/shm")
-
 
 @pytest.fixture(scope="module")
-def start():
+def start(start_bench):
     """Start the soak test with these arguments."""
-    started = []
-
-    def start(*arguments):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "bench/soak.py"), "--quick", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its children end with it
-            process.wait()
-        process.stdout.close()
-        for path in files_of(process):
-            path.unlink()
-
-
-def files_of(process):
-    return list(SHM.glob(f"shmroute-*-soak{process.pid}-*"))
+    return partial(start_bench, "soak.py", "soak", "--quick")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +29,7 @@ def short(start, tmp_path_factory):
     process = start("--seconds", "10", "--seed", "5", "--json", str(result))
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    assert files_of(process) == []
+    assert process.files() == []
     return said, {row["name"]: row for row in json.loads(result.read_text())["rows"]}
 
 
@@ -87,11 +57,11 @@ def test_interrupted_it_leaves_neither_processes_nor_files(start, number):
     process = start()
     while " sealed " not in process.stdout.readline():
         assert process.poll() is None
-    assert files_of(process)
+    assert process.files()
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode != 0
-    assert files_of(process) == []
+    assert process.files() == []
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
