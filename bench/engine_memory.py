@@ -41,7 +41,7 @@ def of_engine(arena: str | None) -> dict[str, Any]:
     return {
         "main": of_process(psutil.Process().pid),
         "children": [of_process(pid) for pid in children],
-        "gpu_used": _gpu_used(),
+        "gpu_used": _gpu_used_if_any(),
         "arena": _of_arena(arena) if arena else {},
     }
 
@@ -71,13 +71,23 @@ def _of_arena(arena: str) -> dict[str, Any]:
     }
 
 
-def _gpu_used() -> int | None:
-    """Bytes in use on the GPU that this process sees first."""
+def gpu_used() -> int:
+    """Bytes in use on the GPU that this process sees first, by whatever process.
+
+    Raises
+    ------
+    OSError, subprocess.SubprocessError
+        There is no nvidia-smi, or it does not answer.
+    """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
     query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     command = ["nvidia-smi", f"--id={first}", *query]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    return int(done.stdout.split()[0]) << 20
+
+
+def _gpu_used_if_any() -> int | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return gpu_used()
     except (OSError, subprocess.SubprocessError):
         return None
-    return int(done.stdout.split()[0]) << 20

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine_memory import gpu_used
 from reference_routes import ReferenceRoutes
 
 from shmroute import RouteFailed, ShmRouteReader
@@ -178,15 +178,9 @@ def paused(client: Client) -> None:
     """The memory is given back and taken again, as a colocated trainer does."""
     mixed(client)
     for _ in range(2):
-        before = _gpu_bytes_used()
+        before = gpu_used()
         client.engine.release_memory_occupation()
-        between = _gpu_bytes_used()
+        between = gpu_used()
         client.engine.resume_memory_occupation()
         print(f"GPU memory: {before >> 20} MiB, released {between >> 20} MiB", flush=True)
         mixed(client)
-
-
-def _gpu_bytes_used() -> int:
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    return int(said.split()[0]) << 20

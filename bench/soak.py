@@ -39,6 +39,7 @@ from crash_era import no_leftovers
 from crash_rows import LAYOUT
 from result_file import Row
 from soak_load import (
+    BECAME,
     FILLS,
     LASTING_READERS,
     LONG,
@@ -253,7 +254,7 @@ class Soak:
         yield Row("heap usable in one piece at the end", total("heap in one piece"), "", 1, "min")
         yield Row("files left at the end", len(self._left), "", 0, "max")
         yield Row("readers killed", self._kills, "")
-        for name in _COUNTED:
+        for name in BECAME:
             yield Row(name, total(name), "")
 
     def _inline_rows(self) -> Iterator[Row]:
@@ -291,23 +292,6 @@ def _series_rows(
         yield Row(f"{shown}, drift", drift, unit)
     else:
         yield Row(f"{shown}, drift up or down", abs(drift), unit, most, "max")
-
-
-_COUNTED = (
-    "records",
-    "sealed",
-    "failed",
-    "read",
-    "read by rid",
-    "read again",
-    "released early",
-    "released late",
-    "never released",
-    "gone",
-    "refused as failed",
-    "timed out",
-    "tickets that nobody took",
-)
 
 
 def main() -> int:

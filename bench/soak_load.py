@@ -115,13 +115,11 @@ LOWEST = {
     False: "lowest inline fill, per mille",
     True: "lowest inline fill in the overload, per mille",
 }
-_COUNTS = (
+# What became of records, as the result shows it.
+BECAME = (
     "records",
     "sealed",
     "failed",
-    *(inline_below(fill, overload) for overload in (False, True) for fill in FILLS),
-    "inline for want of a slot",
-    "tickets that nobody took",
     "read",
     "read by rid",
     "read again",
@@ -131,6 +129,12 @@ _COUNTS = (
     "gone",
     "refused as failed",
     "timed out",
+    "tickets that nobody took",
+)
+_COUNTS = (
+    *BECAME,
+    *(inline_below(fill, overload) for overload in (False, True) for fill in FILLS),
+    "inline for want of a slot",
     "wrong rows",
     "unexpected errors",
     # as they are now

@@ -8,10 +8,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_bridge.finished import Finished
+from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.finished import Finished, Gatherer
+from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
+from shmroute import Arena
 
 VOCABULARY = 1000
+
+
+def started_publisher(arena: Arena, gatherer: Gatherer) -> Publisher:
+    """A publisher as an engine has it: what finds no room goes inline, no shadow."""
+    publisher = Publisher(
+        arena,
+        WeightEpochs(),
+        gatherer,
+        vocabulary=VOCABULARY,
+        inline_when_full=True,
+        shadow=False,
+    )
+    publisher.start()
+    return publisher
 
 
 class Forwards:

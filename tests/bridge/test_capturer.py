@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import VOCABULARY, Forwards
+from forwards import VOCABULARY, Forwards, started_publisher
 
 import shmroute
-from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.gather_host import HostGatherer
-from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from shmroute import IncompleteRoutes, RouteLayout, ShmRouteReader
 
@@ -47,15 +45,7 @@ class Engine:
         self.arena = arena
         self.table = RouteTable(ROUTES, LOCATIONS, "cpu", vocabulary=VOCABULARY)
         self.gatherer = CountingGatherer(self.table)
-        self.publisher = Publisher(
-            arena,
-            WeightEpochs(),
-            self.gatherer,
-            vocabulary=VOCABULARY,
-            inline_when_full=True,
-            shadow=False,
-        )
-        self.publisher.start()
+        self.publisher = started_publisher(arena, self.gatherer)
         self.forwards = Forwards(self.table)
         self.native = torch.zeros((LOCATIONS, 3, 2), dtype=torch.int32)
         host_cache = SimpleNamespace(buffer=self.native, destroy=lambda: None)

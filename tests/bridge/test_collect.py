@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import VOCABULARY, Forwards
+from forwards import VOCABULARY, Forwards, started_publisher
 
 import shmroute
-from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.gather_host import HostGatherer
-from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from shmroute import RouteFailed, RouteLayout, ShmRouteReader
 from shmroute.counters import read_counters
@@ -31,15 +29,7 @@ class Scheduler:
         self.capturer: Any = None
         self.arena = arena
         self.table = RouteTable(ROUTES, 1024, "cpu", vocabulary=VOCABULARY)
-        self.publisher = Publisher(
-            arena,
-            WeightEpochs(),
-            HostGatherer(self.table),
-            vocabulary=VOCABULARY,
-            inline_when_full=True,
-            shadow=False,
-        )
-        self.publisher.start()
+        self.publisher = started_publisher(arena, HostGatherer(self.table))
         self.forwards = Forwards(self.table)
         self.req_to_token_pool = sglang.ReqToTokenPool(4, 256, "cpu", False)
 

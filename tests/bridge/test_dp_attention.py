@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from forwards import VOCABULARY, Forwards
+from forwards import VOCABULARY, Forwards, started_publisher
 
 import shmroute
-from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.gather_host import HostGatherer
-from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from shmroute import RouteLayout
 
@@ -59,15 +57,7 @@ class Rank:
         from capturers import WithoutModel
 
         self.table = RouteTable(ROUTES, LOCATIONS, "cpu", vocabulary=VOCABULARY)
-        publisher = Publisher(
-            arena,
-            WeightEpochs(),
-            HostGatherer(self.table),
-            vocabulary=VOCABULARY,
-            inline_when_full=True,
-            shadow=False,
-        )
-        publisher.start()
+        publisher = started_publisher(arena, HostGatherer(self.table))
         self.forwards = Forwards(self.table)
         self.capturer = WithoutModel(publisher, self.table)
         self.capturer._shares_buffer = True

@@ -159,35 +159,43 @@ def test_reserving_sealing_reclaiming_and_reading_at_once_lose_nothing(make_aren
     assert counted["reserved"] == counted["sealed"] + counted["failed"] > 50
 
 
-def test_an_eviction_never_takes_a_record_that_came_after_its_scan(make_arena, monkeypatch):
+@pytest.fixture
+def replaced_after_the_scan(monkeypatch):
+    """Have a record come where the next scan found another; the list that it is put into."""
+
+    def replaced_after_the_scan(arena):
+        original, new = arena.writer._recycle_all, []
+
+        def late(*arguments, **options):
+            monkeypatch.undo()
+            new.append(add(arena, "new"))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(arena.writer, "_recycle_all", late)
+        return new
+
+    return replaced_after_the_scan
+
+
+def test_an_eviction_never_takes_a_record_that_came_after_its_scan(
+    make_arena, replaced_after_the_scan
+):
     """Two threads reclaim at once: what one scanned the other may have replaced."""
     arena = make_arena(slots=1, retention=0.05)
     add(arena, "old")
     time.sleep(0.1)
-    original, new = arena.writer._recycle_all, []
-
-    def late(*arguments, **options):
-        monkeypatch.undo()
-        new.append(add(arena, "new"))
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(arena.writer, "_recycle_all", late)
+    new = replaced_after_the_scan(arena)
     assert arena.writer.evict_expired() == 0
     with ShmRouteReader(new[0].ticket) as routes:
         assert is_intact(routes)
 
 
-def test_a_reclaim_never_takes_a_record_that_came_after_its_scan(make_arena, monkeypatch):
+def test_a_reclaim_never_takes_a_record_that_came_after_its_scan(
+    make_arena, replaced_after_the_scan
+):
     arena = make_arena(slots=1)
     release(add(arena, "old").ticket)
-    original, new = arena.writer._recycle_all, []
-
-    def late(*arguments, **options):
-        monkeypatch.undo()
-        new.append(add(arena, "new"))
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(arena.writer, "_recycle_all", late)
+    new = replaced_after_the_scan(arena)
     assert arena.writer.reclaim() == 0
     with ShmRouteReader(new[0].ticket) as routes:
         assert is_intact(routes)
