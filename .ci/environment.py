@@ -8,9 +8,11 @@ Approach: the third-party packages live in a cache folder named by a hash of
 what decides its content (requirement files, interpreter, machine). A marker is
 written last; a folder without it, or whose installed versions differ from the
 lock, is built again from nothing, under a file lock. The clone's ``.venv`` is a
-real but thin virtual environment: a ``.pth`` line adds the cached packages
+real but thin virtual environment: ``.pth`` lines add the cached packages
 (their entry points included), and the clone's own distributions are installed
-into it editable. Other Pythons found on the machine get a small cached
+into it editable. The trainers that tests run against are a folder of their own, laid
+over SGLang's; miles, which carries parts of Megatron and of SGLang under their names, is one
+more, which only its tests' child processes use (``.venv/miles``). Other Pythons found on the machine get a small cached
 environment each, for tests that read an arena from them; ``.venv/readers.json``
 lists them.
 
@@ -37,10 +39,12 @@ VENV = ROOT / ".venv"
 ENGINE_PYTHON = "3.11"
 READER_PYTHONS = ("3.10", "3.12", "3.13")
 ENGINE_LOCK = (ROOT / "requirements/engine.txt", ROOT / "requirements/dev.txt")
+TRAINERS_LOCK = (ROOT / "requirements/trainers.txt",)
+MILES_LOCK = (ROOT / "requirements/miles.txt",)
 READER_LOCK = (ROOT / "requirements/reader.txt",)
 DISTRIBUTIONS = (ROOT, ROOT / "sglang_bridge/cpu_platform")
 MARKER = ".complete"
-ENGINE_GIB = 13
+ENGINE_GIB = 14
 
 # Runs inside the environment that is checked: lines of "name==version" on stdin.
 CHECK = """
@@ -157,8 +161,19 @@ def pip_of(python: str, venv: Path) -> list[str]:
     return [python, "-m", "pip", "--python", str(venv / "bin/python")]
 
 
-def build(environment: Path, python: str, files: tuple[Path, ...]) -> None:
-    """Install ``files`` into a new environment; the marker comes last."""
+def lay_over(venv: Path, *environments: Path) -> None:
+    """Make the packages of ``environments`` importable in ``venv``, behind its own."""
+    # addsitedir, not a bare path: the cached packages have .pth files of their own.
+    lines = [
+        f"import site; site.addsitedir({str(site_packages(below))!r})\n" for below in environments
+    ]
+    (site_packages(venv) / "shmroute_environment.pth").write_text("".join(lines))
+
+
+def build(
+    environment: Path, python: str, files: tuple[Path, ...], over: tuple[Path, ...] = ()
+) -> None:
+    """Install ``files`` into a new environment over others; the marker comes last."""
     shutil.rmtree(environment, ignore_errors=True)
     started = time.monotonic()
     run([python, "-m", "venv", "--without-pip", str(environment)], "making a virtual environment")
@@ -166,26 +181,31 @@ def build(environment: Path, python: str, files: tuple[Path, ...]) -> None:
     wanted = [argument for file in files for argument in ("-r", str(file))]
     # The locks are complete; resolving them again would only try newer versions first.
     run([*pip, "--no-deps", *wanted], "installing the requirements")
+    lay_over(environment, *over)
     (environment / MARKER).write_text("")
     say(f"built {environment} in {time.monotonic() - started:.0f} s")
 
 
-def ensure(kind: str, python: str, version: str, files: tuple[Path, ...]) -> Path:
-    """The cached environment for ``files``, built if missing or broken."""
-    name = f"{kind}-{digest(files, python, version, platform.machine())}"
+def ensure(
+    kind: str, python: str, version: str, files: tuple[Path, ...], over: tuple[Path, ...] = ()
+) -> Path:
+    """The cached environment for ``files``, laid over others; built if missing or broken."""
+    facts = (python, version, platform.machine(), *map(str, over))
+    name = f"{kind}-{digest(files, *facts)}"
     environment = cache_folder() / name
     with locked(cache_folder() / f"{name}.lock"):
         reason = problem(environment, files)
         if reason:
             say(f"building {environment}: {reason}")
-            build(environment, python, files)
+            build(environment, python, files, over)
             reason = problem(environment, files)
             if reason:
                 raise SetupError(f"{environment} is unusable right after its build: {reason}")
     return environment
 
 
-def engine_environment() -> tuple[Path, str]:
+def engine_environments() -> tuple[tuple[Path, ...], Path, str]:
+    """SGLang's packages and the trainers' over them, miles', and the Python of all."""
     found = find_python(ENGINE_PYTHON)
     if found is None:
         raise SetupError(
@@ -198,13 +218,16 @@ def engine_environment() -> tuple[Path, str]:
     free = shutil.disk_usage(cache_folder()).free >> 30
     ready = next(cache_folder().glob(f"env-*/{MARKER}"), None)
     if ready is None:
-        say(f"SGLang and torch: about 5 minutes and 11 GB in {cache_folder()} ({free} GiB free)")
+        say(f"SGLang and torch: about 6 minutes and 12 GB in {cache_folder()} ({free} GiB free)")
         if free < ENGINE_GIB:
             raise SetupError(
                 f"{cache_folder()} has {free} GiB free and {ENGINE_GIB} are needed: make room, or"
                 " set SHMROUTE_CACHE to a folder on another disk"
             )
-    return ensure("env", python, version, ENGINE_LOCK), python
+    engine = ensure("env", python, version, ENGINE_LOCK)
+    trainers = ensure("trainers", python, version, TRAINERS_LOCK)
+    miles = ensure("miles", python, version, MILES_LOCK, over=(engine,))
+    return (engine, trainers), miles, python
 
 
 def reader_environments() -> dict[str, str]:
@@ -223,22 +246,21 @@ def reader_environments() -> dict[str, str]:
     return readers
 
 
-def stamp(environment: Path) -> str:
+def stamp(environments: tuple[Path, ...]) -> str:
     """What the clone's ``.venv`` was made from; another value means make it again."""
     named = ("pyproject.toml", "setup.cfg", "setup.py")
     files = tuple(f for d in DISTRIBUTIONS for n in named if (f := d / n).exists())
     packages = sorted(str(p) for p in ROOT.glob("*/__init__.py"))
-    return digest(files, str(environment), str(ROOT), *packages)
+    return digest(files, *map(str, environments), str(ROOT), *packages)
 
 
-def make_venv(environment: Path, python: str) -> None:
+def make_venv(environments: tuple[Path, ...], miles: Path, python: str) -> None:
     """The clone's own environment: the cached packages plus this tree, editable."""
     shutil.rmtree(VENV, ignore_errors=True)
     run([python, "-m", "venv", "--without-pip", str(VENV)], "making .venv")
-    # addsitedir, not a bare path: the cached packages have .pth files of their own.
-    line = f"import site; site.addsitedir({str(site_packages(environment))!r})\n"
-    (site_packages(VENV) / "shmroute_environment.pth").write_text(line)
-    (VENV / "environment").symlink_to(environment)
+    lay_over(VENV, *environments)
+    (VENV / "environment").symlink_to(environments[0])
+    (VENV / "miles").symlink_to(miles)
     pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--quiet", "--no-input"]
     flags = ["--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index"]
     editable = [argument for folder in DISTRIBUTIONS for argument in ("-e", str(folder))]
@@ -246,14 +268,14 @@ def make_venv(environment: Path, python: str) -> None:
 
 
 def main() -> None:
-    environment, python = engine_environment()
+    environments, miles, python = engine_environments()
     readers = reader_environments()
-    wanted = stamp(environment)
+    wanted = stamp((*environments, miles))
     marker = VENV / MARKER
     with locked(cache_folder() / f"clone-{digest((), str(ROOT))}.lock"):
         if not marker.exists() or marker.read_text() != wanted:
             say(f"making {VENV}")
-            make_venv(environment, python)
+            make_venv(environments, miles, python)
             marker.write_text(wanted)
         (VENV / "readers.json").write_text(json.dumps(readers, indent=1) + "\n")
     say(f"ready: .venv (Python {ENGINE_PYTHON}), readers: {', '.join(readers) or 'none'}")

@@ -16,7 +16,8 @@
     ├── RouteFailed                         the record was given up after its ticket had left
     ├── WriterDied                          the writer died before the record was sealed
     ├── IncompleteRoutes                    some rows are missing
-    └── ChecksumMismatch                    the rows differ from what was sealed
+    ├── ChecksumMismatch                    the rows differ from what was sealed
+    └── ReplayError (RuntimeError)          routes and the model that shall replay them do not fit
 
 Every message gives the figures and the remedy.
 """
@@ -86,3 +87,7 @@ class IncompleteRoutes(ShmRouteError):
 
 class ChecksumMismatch(ShmRouteError):
     """The rows in memory do not have the checksum that was sealed with them."""
+
+
+class ReplayError(ShmRouteError, RuntimeError):
+    """Routes cannot be replayed in this model: another router, other layers, tokens or experts."""
