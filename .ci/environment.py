@@ -12,9 +12,9 @@ real but thin virtual environment: ``.pth`` lines add the cached packages
 (their entry points included), and the clone's own distributions are installed
 into it editable. The trainers that tests run against are a folder of their own, laid
 over SGLang's; miles, which carries parts of Megatron and of SGLang under their names, is one
-more, which only its tests' child processes use (``.venv/miles``). Other Pythons found on the machine get a small cached
-environment each, for tests that read an arena from them; ``.venv/readers.json``
-lists them.
+more, which only its tests' child processes use (``.venv/miles``). Other Pythons found on the
+machine get a small cached environment each, for tests that read an arena from them;
+``.venv/readers.json`` lists them.
 
 Run it with any Python from 3.8: it looks for the 3.11 that SGLang's lock needs.
 """
