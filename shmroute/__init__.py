@@ -35,6 +35,7 @@ from .errors import (
 )
 from .layout import RouteLayout
 from .metadata import WeightRun
+from .partition import Partition
 from .reader import ShmRouteReader
 from .reaper import reap
 from .releasing import release
@@ -51,6 +52,7 @@ __all__ = [
     "LayoutMismatch",
     "LeaseUnavailable",
     "NotOnThisNode",
+    "Partition",
     "ReplayError",
     "RouteArray",
     "RouteBatch",

@@ -15,53 +15,64 @@ waiting for the error's traceback to be dropped.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import selection
-from .errors import LayoutMismatch
-from .opening import Opener, Record, SlotRecord
+from . import selection, sequences
+from .metadata import merge_ranges
+from .opening import Record
+from .partition import Cut, Partition
 from .reader import ShmRouteReader
-from .releasing import as_many
-from .ticket import SkimmedTicket, skim_source
+from .records import Records
+from .selection import Run
+from .sequences import Joined
 
 if TYPE_CHECKING:
     import torch
 
-_TOKENS_MAX = (1 << 31) - 1  # cu_seqlens is int32
-# Rows that memory is taken for on a ticket's word. A record of more is opened first, which is
-# nothing beside copying it.
-_TOKENS_BELIEVED = 1 << 16
+    from .padding import Pad
+    from .transfer import Rows
+
+_ROWS_MAX = (1 << 31) - 1  # cu_seqlens is int32
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class RouteBatch:
-    """Routes of several records, one behind the other.
+    """Routes of several sequences, one behind the other, or a rank's share of them.
 
     Attributes
     ----------
     rows
-        ``[sum(tokens), layers, top_k]``, contiguous.
+        ``[rows, layers, top_k]``, contiguous.
     cu_seqlens
-        ``int32 [records + 1]`` on the same device: record ``i`` has rows
-        ``[cu_seqlens[i], cu_seqlens[i + 1])``.
-    rids, starts
-        Of each record; its first row belongs to token ``starts[i]``.
+        ``int32 [sequences + 1]`` on the same device: sequence ``i`` has ``rows``
+        ``[cu_seqlens[i], cu_seqlens[i + 1])``, with its own padding. What ``Partition`` pads the
+        batch with lies behind the last.
+    rids
+        Of each sequence; where turns were joined, the last one's.
+    starts
+        The first token of each sequence that has a row. Without ``pad`` it is the token that the
+        sequence's first row belongs to.
+    lengths
+        Tokens of each sequence, padding not counted.
     layer_ids
         Global 0-based decoder-layer numbers of axis 1.
     missing
-        Ranges ``[first, end)`` of ``rows`` that must not be used.
+        Ranges ``[first, end)`` of ``rows`` that the engine could give no routes for.
+    padding_mask
+        With ``pad="mask"``, ``bool [rows]`` on the same device: True where ``rows`` has padding
+        in place of routes, missing ones included. Else None.
     """
 
     rows: torch.Tensor
     cu_seqlens: torch.Tensor
     rids: tuple[str, ...]
     starts: tuple[int, ...]
+    lengths: tuple[int, ...]
     layer_ids: tuple[int, ...]
     missing: tuple[tuple[int, int], ...]
+    padding_mask: torch.Tensor | None
 
     def __len__(self) -> int:
         return len(self.rids)
@@ -71,13 +82,15 @@ def read_batch(
     sources: Any,
     *,
     layers: slice | Iterable[int] | None = None,
+    tokens: Partition | None = None,
+    pad: Pad | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
     arena: str | None = None,
     timeout: float = 5.0,
     allow_missing: bool = False,
 ) -> RouteBatch:
-    """Read the routes of several records into one packed tensor. Needs torch.
+    """Read the routes of several sequences into one packed tensor. Needs torch.
 
     To a CUDA device the rows cross as they are stored and are widened there. The work is
     queued on the device's current stream and may still run on return; what that stream does
@@ -87,13 +100,34 @@ def read_batch(
     background. Until then, and where the driver or a memory limit refuses (a warning says so),
     copies go through a small page-locked buffer, at the speed of the CPU.
 
+    Only the bytes of the layers and tokens that are asked for are read. But every rank opens
+    every record, so that what is wrong with one is an error on all ranks alike.
+
     Parameters
     ----------
     sources
-        What ``ShmRouteReader`` takes, several or one.
+        What ``ShmRouteReader`` takes, several or one. In place of one record a list of them:
+        those of one sequence, in the order of their ``start``, as a conversation's turns give
+        them when they are asked for with ``routed_experts_start_len``. They are joined to the
+        rows that one request for the whole sequence would give. Where two have a row of the same
+        token, the later one's counts, and the sequence ends with the last record.
     layers
-        Positions on axis 1, a slice or a sequence (a pipeline stage's); no other layer's bytes
-        are read. None: all.
+        Positions on axis 1, a slice or a sequence (a pipeline stage's). None: all.
+    tokens
+        The rank's share of the batch's tokens, see ``Partition``; needs ``pad``. None: all.
+    pad
+        What stands for tokens that have no row. Given, a sequence has a row for each of its
+        tokens, from token 0 to the last, which the rollout sampled and never forwarded: one
+        record from ``start`` 0 has ``record.tokens + 1``.
+
+        ``"distinct"``
+            Experts ``0, 1, ... top_k - 1``: a set as Megatron's dispatcher needs it.
+        ``"minus_one"``
+            -1, as miles marks them, to be routed by the router itself; needs ``dtype``.
+        ``"mask"``
+            As "distinct", and ``padding_mask`` says where.
+
+        None: rows only, ``record.tokens`` of each.
     device
         None: the CPU.
     dtype
@@ -103,28 +137,45 @@ def read_batch(
     timeout
         Seconds to wait for records that are not there or not sealed yet, all together.
     allow_missing
-        Take incomplete records; ``missing`` of the batch says which rows must not be used.
+        Take incomplete records. Rows that they miss are padded, without ``pad`` they are not to
+        be used; ``missing`` of the batch says which they are. They belong to tokens that the
+        trainer computes and others attend to: with ``pad="distinct"`` those go to experts that
+        nobody chose, so let the router choose ("minus_one", "mask") or drop the sample.
 
     Raises
     ------
     LayoutMismatch
         The records are of models with other layers, experts or top-k.
     ValueError
-        No source, the same record twice, or layers, a device or a dtype that cannot be.
+        No source, the same record twice, turns that leave a gap, or layers, tokens, a pad, a
+        device or a dtype that cannot be.
     ShmRouteError
         What ``ShmRouteReader`` raises for the first source that cannot be opened.
 
     Examples
     --------
     >>> batch = shmroute.read_batch(                       # doctest: +SKIP
-    ...     tickets, layers=slice(0, 12), device="cuda", dtype=torch.int64
+    ...     tickets,
+    ...     layers=slice(0, 12),
+    ...     tokens=Partition(cp_rank=1, cp_size=2),
+    ...     pad="distinct",
+    ...     device="cuda",
+    ...     dtype=torch.int64,
     ... )
     """
+    from . import padding
+
     where = _device(device)
     _check_dtype(dtype)
-    records = _Records(sources, arena, timeout, allow_missing)
+    padding.check(pad, dtype)
+    if tokens is not None and pad is None:
+        raise ValueError(
+            f"{tokens} without pad: it cuts the tokens that a trainer computes, and a sequence's "
+            "last token has no row. Say what stands there: pad='distinct', 'minus_one' or 'mask'"
+        )
+    records = Records(sources, arena, timeout, allow_missing)
     try:
-        return _packed(records, layers, where, dtype)
+        return _packed(records, layers, tokens, pad, where, dtype)
     except BaseException as error:
         # Frames of the traceback hold views, which hold leases, for as long as it is kept.
         traceback.clear_frames(error.__traceback__)
@@ -142,101 +193,20 @@ def tensor_of(routes: ShmRouteReader, device: Any, dtype: torch.dtype | None) ->
     if where.type == "cpu" and dtype is None:
         return routes.torch()
     return transfer.pack(
-        [routes.stored()],
+        [(routes.stored(), selection.runs(range(routes.tokens)))],
         selection.runs(range(len(routes.layer_ids))),
-        tokens=routes.tokens,
+        rows=routes.tokens,
         layout=routes.layout,
         device=where,
         dtype=dtype,
     )
 
 
-class _Records:
-    """The records of a batch, in order, each opened when it is needed and until ``close``."""
-
-    def __init__(
-        self, sources: Any, arena: str | None, timeout: float, allow_missing: bool
-    ) -> None:
-        self._deadline = time.monotonic() + timeout
-        self._opener = Opener(arena, allow_missing=allow_missing)
-        self._sources = [skim_source(source) for source in as_many(sources)]
-        self._opened: dict[int, Record] = {}
-        self._known: dict[Any, int] = {}
-        if not self._sources:
-            raise ValueError("a batch of no sources: of what shape would it be?")
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._opened.get(index)
-        if record is None:
-            source = self._sources[index]
-            if isinstance(source, SkimmedTicket):
-                source = source.ticket()
-            left = max(0.0, self._deadline - time.monotonic())
-            record = self._opened[index] = self._opener.open(source, left)
-            self._check(index, record)
-        return record
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
-
-    def tokens(self) -> list[int]:
-        """Rows of each. What a ticket says is compared with the record when that is opened; if
-        it says a lot, now, before memory is taken for it.
-        """
-        counts = [
-            self[index].tokens
-            if isinstance(source, str) or source.tokens > _TOKENS_BELIEVED
-            else source.tokens
-            for index, source in enumerate(self._sources)
-        ]
-        if sum(counts) > _TOKENS_MAX:
-            raise ValueError(
-                f"{sum(counts)} rows in a batch; cu_seqlens (int32) counts to {_TOKENS_MAX}"
-            )
-        return counts
-
-    def close(self) -> None:
-        self._opened.clear()
-        self._opener.close()
-
-    def _check(self, index: int, record: Record) -> None:
-        first = record if index == 0 else self[0]
-        if record.routes is not first.routes and _geometry(record) != _geometry(first):
-            raise LayoutMismatch(
-                f"source 0 (rid {first.rid!r}) has {_described(first)}, source {index} (rid "
-                f"{record.rid!r}) has {_described(record)}: read each model's records in a batch "
-                "of their own"
-            )
-        other = self._known.setdefault(_identity(record), index)
-        if other != index:
-            raise ValueError(
-                f"sources {min(other, index)} and {max(other, index)} are the same record, of rid "
-                f"{record.rid!r}: read it once and index the result"
-            )
-
-
-def _geometry(record: Record) -> tuple[int, int, tuple[int, ...]]:
-    # Not the model's name, which engines may take from different paths.
-    return record.routes.num_experts, record.routes.top_k, record.routes.layer_ids
-
-
-def _described(record: Record) -> str:
-    experts, top_k, layer_ids = _geometry(record)
-    return f"top-{top_k} of {experts} experts in {len(layer_ids)} layers {list(layer_ids)[:64]}"
-
-
-def _identity(record: Record) -> Any:
-    if isinstance(record, SlotRecord):
-        return record.rows.address  # no other record has it while we hold this one
-    return record.rid, record.start, record.tokens
-
-
 def _packed(
-    records: _Records,
+    records: Records,
     layers: slice | Iterable[int] | None,
+    tokens: Partition | None,
+    pad: Pad | None,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> RouteBatch:
@@ -246,29 +216,92 @@ def _packed(
 
     layout = records[0].routes
     chosen = selection.positions(layers, len(layout.layer_ids))
-    firsts = [0, *itertools.accumulate(records.tokens())]
+    joined = records.sequences()
+    cut = _cut(joined, records, tokens, pad)
+    placed: list[tuple[Record, list[Run]]] = []
     rows = transfer.pack(
-        (record.rows for record in records),
+        _rows_of(records, sequences.places(joined, cut), placed),
         selection.runs(chosen),
-        tokens=firsts[-1],
+        rows=cut.rows,
         layout=layout,
         device=device,
         dtype=dtype,
     )
-    opened = list(records)
+    missing = _missing(placed)
     return RouteBatch(
         rows=rows,
         # Not ``torch.tensor(..., device=device)``, which waits for the stream.
-        cu_seqlens=torch.tensor(firsts, dtype=torch.int32).to(device, non_blocking=True),
-        rids=tuple([record.rid for record in opened]),
-        starts=tuple([record.start for record in opened]),
-        layer_ids=tuple(layout.layer_ids[position] for position in chosen),
-        missing=tuple(
-            (at + first, at + end)
-            for at, record in zip(firsts, opened, strict=False)
-            for first, end in record.metadata.missing
+        cu_seqlens=torch.tensor(sequences.cumulative(cut, len(joined)), dtype=torch.int32).to(
+            device, non_blocking=True
         ),
+        rids=tuple([records[sequence.turns[-1].record].rid for sequence in joined]),
+        starts=tuple([sequence.start for sequence in joined]),
+        lengths=tuple([sequence.end + 1 for sequence in joined]),
+        layer_ids=tuple(layout.layer_ids[position] for position in chosen),
+        missing=missing,
+        padding_mask=_pad(rows, placed, missing, pad),
     )
+
+
+def _cut(
+    joined: Sequence[Joined], records: Records, tokens: Partition | None, pad: Pad | None
+) -> Cut:
+    """What the rank computes, or without padding all rows there are."""
+    if pad is not None:
+        cut = (tokens or Partition()).cut([sequence.end + 1 for sequence in joined])
+    else:
+        for number, (sequence, turns) in enumerate(zip(joined, records.turns, strict=True)):
+            if turns is not None and sequence.start:
+                raise ValueError(
+                    f"source {number}: its first turn has rows from token {sequence.start} on, so "
+                    f"tokens [0, {sequence.start}) have none: add the turn that has them, or say "
+                    "what stands there with pad"
+                )
+        cut = sequences.rows_only(joined)
+    if cut.rows > _ROWS_MAX:
+        raise ValueError(f"{cut.rows} rows in a batch; cu_seqlens (int32) counts to {_ROWS_MAX}")
+    return cut
+
+
+def _rows_of(
+    records: Records,
+    places: Iterable[tuple[int, list[Run]]],
+    placed: list[tuple[Record, list[Run]]],
+) -> Iterator[tuple[Rows, list[Run]]]:
+    """What ``transfer.pack`` takes; each record is opened when it is asked for and noted down."""
+    for index, runs in places:
+        record = records[index]
+        placed.append((record, runs))
+        yield record.rows, runs
+
+
+def _missing(placed: Iterable[tuple[Record, list[Run]]]) -> tuple[tuple[int, int], ...]:
+    """Ranges of the batch's rows that the records miss."""
+    return tuple(
+        sorted(
+            (to + max(first, at) - at, to + min(end, until) - at)
+            for record, runs in placed
+            for first, end in record.metadata.missing
+            for to, at, until in runs
+            if max(first, at) < min(end, until)
+        )
+    )
+
+
+def _pad(
+    rows: torch.Tensor,
+    placed: Iterable[tuple[Record, list[Run]]],
+    missing: Sequence[tuple[int, int]],
+    pad: Pad | None,
+) -> torch.Tensor | None:
+    """Pad the rows that no record gave or that it misses; the mask, if one is asked for."""
+    if pad is None:
+        return None
+    from . import padding
+
+    given = merge_ranges((to, to + end - first) for _, runs in placed for to, first, end in runs)
+    spans = merge_ranges([*padding.rest(given, len(rows)), *missing])
+    return padding.fill(rows, spans, pad)
 
 
 def _device(device: Any) -> torch.device:

@@ -1,4 +1,4 @@
-"""Which layers of a record a trainer takes: positions on axis 1, as runs of neighbours."""
+"""What a trainer takes of a record: positions on an axis, as runs of neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Run(NamedTuple):
 
 
 def positions(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]:
-    """The positions that a user asks for, of ``count`` that there are.
+    """The layers that a user asks for, as positions among ``count`` that there are.
 
     Raises
     ------

@@ -40,7 +40,7 @@ _SEGMENT_NAME_MAX = 128  # more than any segment's name has
 RID_BYTES_MAX = 4096
 _REASON_MAX = 400
 _FIELDS_OF_A_RECORD = 6
-_TICKET_FIELDS, _TOKENS_FIELD = 13, 8
+_TICKET_FIELDS, _START_FIELD, _TOKENS_FIELD = 13, 7, 8
 _PACKED_COMPLETE = {complete: msgpack.packb(complete) for complete in (None, False, True)}
 _NO_PAD, _PAD = msgpack.packb(b""), msgpack.packb(b"\0")
 _DTYPES = {"uint8": 1, "uint16": 2}
@@ -184,12 +184,13 @@ def failed_ticket(rid: str, reason: str) -> bytes:
 
 
 class SkimmedTicket(NamedTuple):
-    """A ticket of which nothing but the number of rows is checked.
+    """A ticket of which nothing but the place of its rows among a sequence's is checked.
 
-    A batch needs that number of all its tickets before it begins to copy. Checking the rest
-    takes longer, and is done while the record before is copied.
+    A batch needs that of all its tickets before it begins to copy. Checking the rest takes
+    longer, and is done while the record before is copied.
     """
 
+    start: int
     tokens: int
     body: Any
 
@@ -248,7 +249,11 @@ def _checked(decoded: Callable[[Any], _Decoded], body: Any) -> _Decoded:
 def _skimmed(body: Any) -> SkimmedTicket:
     if len(_typed(body, list, "body")) != _TICKET_FIELDS:
         raise InvalidTicket(f"a ticket of {len(body)} fields, not {_TICKET_FIELDS}")
-    return SkimmedTicket(_bounded(body[_TOKENS_FIELD], 1, MAX_TOKENS, "tokens"), body)
+    return SkimmedTicket(
+        _bounded(body[_START_FIELD], 0, MAX_TOKENS, "start"),
+        _bounded(body[_TOKENS_FIELD], 1, MAX_TOKENS, "tokens"),
+        body,
+    )
 
 
 def _failure(body: Any) -> RouteFailed:

@@ -49,25 +49,26 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def pack(
-    records: Iterable[Rows],
-    runs: Sequence[Run],
+    records: Iterable[tuple[Rows, Sequence[Run]]],
+    layers: Sequence[Run],
     *,
-    tokens: int,
+    rows: int,
     layout: RouteLayout,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """Concatenate layers of records along axis 0.
+    """Put layers of records into one tensor, each record's row ranges at their places.
 
     Parameters
     ----------
     records
-        Rows ``[tokens, moe_layers, top_k]`` of the layout. Each is asked for when the copy of
-        the one before has been queued, so that opening one overlaps with copying another.
-    runs
+        Rows ``[tokens, moe_layers, top_k]`` of the layout, and which of them go where in the
+        result. Each record is asked for when the copy of the one before has been queued, so
+        that opening one overlaps with copying another.
+    layers
         The layers, in the order of the result.
-    tokens
-        How many rows the records have together.
+    rows
+        Rows of the result. Those that no record has a range for are left as they are allocated.
     device
         The CPU, or a CUDA device with its index.
     dtype
@@ -76,7 +77,7 @@ def pack(
     Returns
     -------
     torch.Tensor
-        ``[tokens, sum of the runs, top_k]``, contiguous. On a CUDA device the copies may still
+        ``[rows, sum of the layers, top_k]``, contiguous. On a CUDA device the copies may still
         be in flight: the current stream is behind them.
 
     Raises
@@ -84,16 +85,16 @@ def pack(
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    word, width, columns = _in_words(tuple(runs), layout)
+    word, width, columns = _in_words(tuple(layers), layout)
     if device.type == "cpu":
-        packed = torch.empty((tokens, _width(columns)), dtype=word)
+        packed = torch.empty((rows, _width(columns)), dtype=word)
         for _, source, target in _placed(records, width, packed, _Heaps(word)):
             _copy(source, columns, target)
     else:
         with torch.cuda.device(device.index):
-            packed = torch.empty((tokens, _width(columns)), dtype=word, device=device)
+            packed = torch.empty((rows, _width(columns)), dtype=word, device=device)
             _gather(records, width, columns, packed)
-    return _widened(packed, layout.dtype.itemsize, dtype).view(tokens, _width(runs), layout.top_k)
+    return _widened(packed, layout.dtype.itemsize, dtype).view(rows, _width(layers), layout.top_k)
 
 
 class _Block(NamedTuple):
@@ -118,20 +119,24 @@ class _Block(NamedTuple):
 
 
 def _placed(
-    records: Iterable[Rows], width: int, packed: torch.Tensor, heaps: _Heaps
+    records: Iterable[tuple[Rows, Sequence[Run]]],
+    width: int,
+    packed: torch.Tensor,
+    heaps: _Heaps,
 ) -> Iterator[tuple[Rows, _Block, _Block]]:
-    """Each record that has rows, where its words are, and where they go."""
+    """Each range of a record's rows, where its words are, and where they go."""
     word, packed_width = packed.dtype, packed.shape[1]
-    at = 0
-    for rows in records:
+    for rows, ranges in records:
         if isinstance(rows, views.LeasedRows):
-            heap, first = heaps[rows.arena], rows.offset // word.itemsize
-            source = _Block(heap, first, rows.tokens, width)
+            memory, place = heaps[rows.arena], rows.offset // word.itemsize
         else:
-            source = _Block(_words_of(rows, word), 0, len(rows), width)
-        if source.rows:
-            yield rows, source, _Block(packed, at, source.rows, packed_width)
-        at += source.rows * packed_width
+            memory, place = _words_of(rows, word), 0
+        for to, first, end in ranges:
+            yield (
+                rows,
+                _Block(memory, place + first * width, end - first, width),
+                _Block(packed, to * packed_width, end - first, packed_width),
+            )
 
 
 class _Heaps(dict[AttachedArena, torch.Tensor]):
@@ -203,7 +208,10 @@ def _width(runs: Sequence[Run]) -> int:
 
 
 def _gather(
-    records: Iterable[Rows], width: int, columns: Sequence[Run], packed: torch.Tensor
+    records: Iterable[tuple[Rows, Sequence[Run]]],
+    width: int,
+    columns: Sequence[Run],
+    packed: torch.Tensor,
 ) -> None:
     """Queue the copies that fill a tensor of words on the current device."""
     if torch.cuda.is_current_stream_capturing():
