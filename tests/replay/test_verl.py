@@ -1,0 +1,136 @@
+"""verl 0.9.1: the same routes by ticket as natively, in verl's own rollout server, agent loop,
+batch and router replay.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from peer_process import ROOT, PeerProcess
+from rollouts import LAYOUT, TOP_K, WIDE, rollout
+
+import shmroute
+from shmroute import Arena
+
+
+@pytest.fixture(scope="module")
+def verl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerProcess]:
+    errors = tmp_path_factory.mktemp("verl") / "errors"
+    process = PeerProcess(Path(sys.executable), "verl_cases.py", errors)
+    yield process
+    process.end()
+
+
+@pytest.fixture(params=[LAYOUT, WIDE], ids=["128 experts", "512 experts"])
+def layout(request):
+    return request.param
+
+
+@pytest.fixture
+def make_arena() -> Iterator[object]:
+    name = f"verl-{secrets.token_hex(4)}"
+    made = []
+
+    def make(layout=LAYOUT) -> Arena:
+        made.append(Arena.create(name, layout, capacity="2MiB", slots=16))
+        return made[-1]
+
+    yield make
+    for arena in made:
+        arena.close()
+    shmroute.reap(name, force=True)
+
+
+@pytest.fixture
+def arena(make_arena) -> Arena:
+    return make_arena()
+
+
+@pytest.mark.parametrize("tokens", [4, 27])
+def test_a_response_travels_as_its_ticket_and_is_padded_as_verl_has_it(
+    verl, make_arena, layout, tokens
+):
+    sent = rollout(make_arena(layout), "r", [tokens], layout=layout)
+    assert verl.ask("agent_loop_has_its_rows", rollout=sent.facts()) < 350
+
+
+def test_the_trainer_replays_the_same(verl, make_arena, layout):
+    arena = make_arena(layout)
+    sequences = [
+        rollout(arena, f"r{i}", [n], layout=layout, seed=i) for i, n in enumerate((20, 9, 14))
+    ]
+    found = verl.ask(
+        "trainer_replays_the_same",
+        rollouts=[each.facts() for each in sequences],
+        num_experts=layout.num_experts,
+    )
+    assert found["rows"] == 3 * sum(each.tokens for each in sequences)
+    padded_rows = 3 * (5 + 24) * layout.num_layers * TOP_K * 2
+    assert found["natively"] - found["tickets"] > padded_rows - 3 * 350
+
+
+def test_tokens_behind_the_last_turn_get_sets_of_experts(verl, arena):
+    sent = rollout(arena, "r", [20])
+    found = verl.ask("rows_behind_the_last_turn_are_sets", rollout=sent.facts(), tool_tokens=3)
+    assert found == [[list(range(TOP_K))] * 3]
+
+
+def test_the_agent_loop_releases_what_it_has(verl, arena):
+    sent = rollout(arena, "r", [20])
+    assert verl.ask("agent_loop_releases", rollout=sent.facts()) == [["there"], ["RouteGone"]]
+    assert arena.writer.reclaim() == 1
+
+
+def test_the_manager_releases_a_batch_with_the_second_after_it(verl, arena):
+    sent = [rollout(arena, f"r{i}", [9], seed=i).facts() for i in range(5)]
+    there, gone = "there", "RouteGone"
+    assert verl.ask("manager_releases", rollouts=sent) == [
+        [there, there, there, there, there],
+        [there, there, there, there, there],
+        [gone, there, there, there, there],
+        [gone, gone, there, there, there],
+        [gone, gone, there, there, there],
+        [gone, gone, there, there, gone],
+    ]
+
+
+def test_verl_takes_the_engine_that_reads_tickets(verl):
+    assert verl.ask("engine_of_nvidia") == "RoutedMegatronEngine"
+
+
+def test_responses_that_do_not_fit_are_named(verl, arena):
+    delta = rollout(arena, "r", [8, 20]).turns[1][1]
+    gap = verl.ask("refused", ticket=delta)
+    assert gap.startswith("ReplayError")
+    assert "from token 7 on" in gap
+    other = verl.ask("refused", ticket=delta, top_k=8)
+    assert f"routes of top-{TOP_K}, the trainer replays top-8" in other
+    assert verl.ask("refused", ticket=None) == ""
+
+
+def test_another_verl_is_refused(verl):
+    assert "knows how verl 0.0.1 decodes routes, not verl 0.9.1" in verl.ask(
+        "other_verl_is_refused"
+    )
+
+
+def test_an_sglang_that_has_the_module_is_refused(tmp_path):
+    module = tmp_path / "sglang/srt/layers/moe/routed_experts_capturer.py"
+    module.parent.mkdir(parents=True)
+    for file in (module, tmp_path / "sglang/__init__.py"):
+        file.touch()
+    done = subprocess.run(
+        [sys.executable, "-c", "import shmroute.replay.verl"],
+        env=dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert f"ReplayError: {module} exists" in done.stderr
