@@ -75,8 +75,9 @@ def test_the_trainer_replays_the_same(verl, make_arena, layout):
     assert found["natively"] - found["tickets"] > padded_rows - 3 * 350
 
 
-def test_tokens_behind_the_last_turn_get_sets_of_experts(verl, arena):
-    sent = rollout(arena, "r", [20])
+@pytest.mark.parametrize("ends", [[20], [8, 20]], ids=str)
+def test_tokens_behind_the_last_turn_get_sets_of_experts(verl, arena, ends):
+    sent = rollout(arena, "r", ends)
     found = verl.ask("rows_behind_the_last_turn_are_sets", rollout=sent.facts(), tool_tokens=3)
     assert found == [[list(range(TOP_K))] * 3]
 

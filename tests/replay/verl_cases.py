@@ -46,7 +46,7 @@ from verl.workers.utils.padding import left_right_2_no_padding
 
 from shmroute import ShmRouteReader
 from shmroute.errors import ShmRouteError
-from shmroute.replay import verl, verl_engine
+from shmroute.replay import row_ranges, verl, verl_engine
 from shmroute.replay.verl_agent_loop import HandedOn, TicketAgentLoopManager, put_tickets_aside
 from shmroute.replay.verl_engine import RoutedMegatronEngine
 
@@ -225,15 +225,15 @@ def trainer_replays_the_same(rollouts: list[dict[str, Any]], num_experts: int) -
 
 def rows_behind_the_last_turn_are_sets(rollout: dict[str, Any], tool_tokens: int) -> list[Any]:
     """A sample to which a tool added tokens: its routes behind the engine's."""
-    (_, ticket), *_ = rollout["turns"]
     tokens = rollout["tokens"]
-    ranges = verl.from_meta_info({"meta_info": {"routed_experts": ticket}}).reshape(
-        -1, NUM_LAYERS, TOP_K
-    )
+    ranges: tuple[row_ranges.RowRange, ...] = ()
+    for end, ticket in rollout["turns"]:
+        turn, start = row_ranges.rows_of(ticket, top_k=TOP_K)
+        ranges = row_ranges.joined(ranges, turn, start, tokens=end)
     input_ids = torch.nested.as_nested_tensor(
         [torch.zeros(tokens + tool_tokens, dtype=torch.long)], layout=torch.jagged
     )
-    routed = verl_engine.read_jagged([ranges.ranges], input_ids)
+    routed = verl_engine.read_jagged([ranges], input_ids)
     native = np.frombuffer(base64.b64decode(rollout["native"]), np.int32)
     native = native.reshape(-1, NUM_LAYERS, TOP_K)[:, [1, 2, 4]]
     assert routed.dtype == torch.int16
