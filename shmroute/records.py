@@ -15,14 +15,13 @@ from typing import Any
 
 from .errors import LayoutMismatch
 from .opening import Opener, Record, SlotRecord
-from .releasing import as_many
+from .releasing import as_many, is_sequence, records_of
 from .sequences import Joined, join
 from .ticket import InlineRecord, SkimmedTicket, Ticket, skim_source
 
 # Tokens that memory is taken for on a ticket's word. A record of more is opened first, which is
 # nothing beside copying it.
 _TOKENS_BELIEVED = 1 << 16
-_SEVERAL = (list, tuple)
 
 
 class Records:
@@ -54,15 +53,12 @@ class Records:
             raise ValueError("a batch of no sources: of what shape would it be?")
 
     def _add(self, source: Any) -> None:
+        records = records_of(source)
+        if not records:
+            raise ValueError(f"source {len(self._turns)} is a sequence of no records")
         self._firsts.append(len(self._sources))
-        if isinstance(source, _SEVERAL) and not isinstance(source, Ticket):
-            if not source:
-                raise ValueError(f"source {len(self._turns)} is a sequence of no records")
-            self._sources += map(skim_source, source)
-            self._turns.append(len(source))
-        else:
-            self._sources.append(skim_source(source))
-            self._turns.append(None)
+        self._turns.append(len(records) if is_sequence(source) else None)
+        self._sources += map(skim_source, records)
 
     def __getitem__(self, index: int) -> Record:
         record = self._opened.get(index)

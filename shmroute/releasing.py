@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .errors import ArenaNotFound, RouteFailed, RouteGone, ShmRouteError, WriterDied
 from .reader import ShmRouteReader
 from .ticket import Ticket, parse_source
+
+_LISTS = (list, tuple)  # not a union, which Python would make anew for each source
 
 
 def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> int:
@@ -19,7 +22,8 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
     Parameters
     ----------
     sources
-        One source or several, as ``ShmRouteReader`` takes them.
+        One source or several, as ``ShmRouteReader`` takes them, or lists of them as
+        ``read_batch`` does.
     arena
         With rids: the arena's name; None searches all of this user's arenas.
     timeout
@@ -32,7 +36,7 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
     """
     released = 0
     failures: list[ShmRouteError] = []
-    for source in as_many(sources):
+    for source in itertools.chain.from_iterable(map(records_of, as_many(sources))):
         try:
             with ShmRouteReader(source, arena=arena, timeout=timeout, allow_missing=True) as routes:
                 routes.release()
@@ -54,3 +58,13 @@ def as_many(sources: Any) -> Iterable[Any]:
     """One source or several, as several."""
     single = isinstance(sources, str | bytes | bytearray | memoryview | dict)
     return [sources] if single else sources
+
+
+def is_sequence(source: Any) -> bool:
+    """Whether it is the records of one sequence and not one record."""
+    return isinstance(source, _LISTS) and not isinstance(source, Ticket)
+
+
+def records_of(source: Any) -> Sequence[Any]:
+    """The records of a sequence, or the one that it is."""
+    return source if is_sequence(source) else (source,)

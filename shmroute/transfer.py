@@ -16,8 +16,9 @@ anything else
     An arena that is not locked yet or could not be, and inline records: the CPU packs the
     layers into a page-locked piece, and the copy engine takes it while the next is packed.
 
-On the CPU, too, layers are packed first and widened then: torch widens a strided tensor at a
-third of the speed of both together.
+On the CPU, too, layers are packed first and widened then, a piece at a time that the cache holds:
+torch widens a strided tensor slower than both together, and a whole batch packed first would be
+written to memory twice.
 
 On a GPU all of it runs on the current stream. Leases are kept by ``inflight``.
 """
@@ -45,6 +46,8 @@ Rows = views.LeasedRows | npt.NDArray[Any]
 
 # At PCIe's speed 150 us: long beside what it takes to start a copy.
 _PIECE_BYTES = 8 << 20
+# What the second-level cache of a core holds, and long beside what a call of torch takes.
+_CACHED_BYTES = 1 << 20
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -86,15 +89,19 @@ def pack(
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
     word, width, columns = _in_words(tuple(layers), layout)
-    if device.type == "cpu":
-        packed = torch.empty((rows, _width(columns)), dtype=word)
-        for _, source, target in _placed(records, width, packed, _Heaps(word)):
-            _copy(source, columns, target)
-    else:
+    if device.type != "cpu":
         with torch.cuda.device(device.index):
             packed = torch.empty((rows, _width(columns)), dtype=word, device=device)
             _gather(records, width, columns, packed)
-    return _widened(packed, layout.dtype.itemsize, dtype).view(rows, _width(layers), layout.top_k)
+        ids = _widened(packed, layout, dtype)
+    elif dtype is None:
+        packed = torch.empty((rows, _width(columns)), dtype=word)
+        for _, source, to in _placed(records, width, _Heaps(word)):
+            _copy(source, columns, _Block.of(packed, to, source.rows))
+        ids = _as_stored(packed, layout)
+    else:
+        ids = _packed_and_widened(records, width, columns, word, rows, layout, dtype)
+    return ids.view(rows, _width(layers), layout.top_k)
 
 
 class _Block(NamedTuple):
@@ -109,6 +116,12 @@ class _Block(NamedTuple):
     rows: int
     width: int
 
+    @classmethod
+    def of(cls, memory: torch.Tensor, first: int, rows: int) -> _Block:
+        """Rows ``[first, first + rows)`` of a contiguous tensor."""
+        width = memory.shape[1]
+        return cls(memory, first * width, rows, width)
+
     def columns(self, first: int, end: int) -> torch.Tensor:
         """``[rows, end - first]``."""
         return self.memory.as_strided((self.rows, end - first), (self.width, 1), self.first + first)
@@ -119,34 +132,48 @@ class _Block(NamedTuple):
 
 
 def _placed(
-    records: Iterable[tuple[Rows, Sequence[Run]]],
-    width: int,
-    packed: torch.Tensor,
-    heaps: _Heaps,
-) -> Iterator[tuple[Rows, _Block, _Block]]:
-    """Each range of a record's rows, where its words are, and where they go."""
-    word, packed_width = packed.dtype, packed.shape[1]
+    records: Iterable[tuple[Rows, Sequence[Run]]], width: int, heaps: _Heaps
+) -> Iterator[tuple[Rows, _Block, int]]:
+    """Each range of a record's rows, where its words are, and the row where they go."""
     for rows, ranges in records:
         if isinstance(rows, views.LeasedRows):
-            memory, place = heaps[rows.arena], rows.offset // word.itemsize
+            memory, place = heaps[rows.arena], rows.offset // heaps.word.itemsize
         else:
-            memory, place = _words_of(rows, word), 0
+            memory, place = _words_of(rows, heaps.word), 0
         for to, first, end in ranges:
-            yield (
-                rows,
-                _Block(memory, place + first * width, end - first, width),
-                _Block(packed, to * packed_width, end - first, packed_width),
-            )
+            yield rows, _Block(memory, place + first * width, end - first, width), to
+
+
+def _packed_and_widened(
+    records: Iterable[tuple[Rows, Sequence[Run]]],
+    width: int,
+    columns: Sequence[Run],
+    word: torch.dtype,
+    rows: int,
+    layout: RouteLayout,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Ids on the CPU, as ``dtype``."""
+    row_bytes = _width(columns) * word.itemsize
+    widened = torch.empty((rows, row_bytes // layout.dtype.itemsize), dtype=dtype)
+    at_once = max(1, _CACHED_BYTES // row_bytes)
+    piece = torch.empty((min(at_once, rows), _width(columns)), dtype=word)
+    for _, source, to in _placed(records, width, _Heaps(word)):
+        for first in range(0, source.rows, at_once):
+            part = source.part(first, min(first + at_once, source.rows))
+            _copy(part, columns, _Block.of(piece, 0, part.rows))
+            _widen(piece[: part.rows], widened[to + first : to + first + part.rows], layout)
+    return widened
 
 
 class _Heaps(dict[AttachedArena, torch.Tensor]):
     """A tensor of words over the heap of each arena, made when it is first asked for."""
 
     def __init__(self, word: torch.dtype) -> None:
-        self._word = word
+        self.word = word
 
     def __missing__(self, arena: AttachedArena) -> torch.Tensor:
-        heap: torch.Tensor = views.heap_as_tensor(arena).view(self._word)
+        heap: torch.Tensor = views.heap_as_tensor(arena).view(self.word)
         self[arena] = heap
         return heap
 
@@ -223,7 +250,8 @@ def _gather(
     heaps = _HeapsForGpu(packed.dtype, packed.device, whole_rows=whole_rows)
     kept: list[Any] = []
     try:
-        for rows, source, target in _placed(records, width, packed, heaps):
+        for rows, source, to in _placed(records, width, heaps):
+            target = _Block.of(packed, to, source.rows)
             if isinstance(rows, views.LeasedRows) and rows.arena in heaps.reachable:
                 kept.append(rows)
                 _copy(source, columns, target)
@@ -251,13 +279,26 @@ class _Mapped:
         }
 
 
-def _widened(packed: torch.Tensor, route_bytes: int, dtype: torch.dtype | None) -> torch.Tensor:
+def _as_stored(packed: torch.Tensor, layout: RouteLayout) -> torch.Tensor:
+    return packed.view(torch.uint8 if layout.dtype.itemsize == 1 else torch.uint16)
+
+
+def _widened(packed: torch.Tensor, layout: RouteLayout, dtype: torch.dtype | None) -> torch.Tensor:
+    ids = _as_stored(packed, layout)
     if dtype is None:
-        return packed.view(torch.uint8 if route_bytes == 1 else torch.uint16)
-    if route_bytes == 1:
-        return packed.view(torch.uint8).to(dtype)
-    # torch knows little of uint16 on a GPU; as int16, ids from 32,768 on come out negative.
-    return packed.view(torch.int16).to(dtype).bitwise_and_(0xFFFF)
+        return ids
+    widened = torch.empty(ids.shape, dtype=dtype, device=ids.device)
+    _widen(packed, widened, layout)
+    return widened
+
+
+def _widen(packed: torch.Tensor, widened: torch.Tensor, layout: RouteLayout) -> None:
+    """Write ids ``[rows, ids]`` that are packed in words as int32 or int64."""
+    if layout.dtype.itemsize == 1:
+        widened.copy_(packed.view(torch.uint8))
+    else:
+        # torch knows little of uint16 on a GPU; as int16, ids from 32,768 on come out negative.
+        widened.copy_(packed.view(torch.int16)).bitwise_and_(0xFFFF)
 
 
 class _Bounce:
