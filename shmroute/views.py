@@ -53,7 +53,12 @@ class RouteArray(np.ndarray[Any, Any]):
     """Read-only view of a record that pickles as its ticket (about 200 bytes).
 
     Only a view in the mapping does: it maps the record again where it is loaded, slices
-    included. Copies and computed results are ordinary arrays and pickle by value.
+    included. Copies and computed results are ordinary arrays and pickle by value. The record must
+    be there until the pickle is loaded: release it when nobody is to load it any more.
+
+    ``torch.from_numpy`` shares its memory, and warns, once in a process, that torch has no
+    read-only tensors: writing into one over this memory is a segmentation fault. ``torch`` makes
+    the same tensor without the warning.
     """
 
     _source: tuple[LeasedRows, bytes] | None
@@ -71,12 +76,22 @@ class RouteArray(np.ndarray[Any, Any]):
         plain = np.asarray(array)
         return plain[()] if return_scalar else plain
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         where = self._place()
-        if where is None:
-            return np.array(self).__reduce__()
+        if where is None:  # as NumPy does it, which with protocol 5 need not copy
+            return np.asarray(self).__reduce_ex__(protocol)
         ticket, offset = where
         return _map_again, (ticket, offset, self.shape, self.strides, self.dtype.str)
+
+    def torch(self) -> Any:
+        """The same view as a tensor; zero-copy, and not to be written into.
+
+        Raises
+        ------
+        ValueError
+            A step is negative, which torch does not have.
+        """
+        return as_tensor(self)
 
     def _place(self) -> tuple[bytes, int] | None:
         """Ticket and byte offset of this view, or None if it is not one."""

@@ -48,6 +48,20 @@ def is_intact(routes: ShmRouteReader) -> bool:
     return bool(np.array_equal(routes.numpy(), expected))
 
 
+def described(array: Any, arena: str) -> dict[str, Any]:
+    """What an array is to this process, and whether it lies in the arena of that name."""
+    at = array.__array_interface__["data"][0]
+    with open("/proc/self/maps") as maps:
+        bounds = [line.split()[0].split("-") for line in maps if f"-{arena}-" in line]
+    return {
+        "rows": array.tolist(),
+        "dtype": array.dtype.str,
+        "kind": type(array).__name__,
+        "mapped": any(int(low, 16) <= at < int(high, 16) for low, high in bounds),
+        "process": os.getpid(),
+    }
+
+
 def say(**facts: Any) -> None:
     """Tell the test."""
     print(json.dumps(facts), flush=True)

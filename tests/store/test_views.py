@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import base64
 import gc
+import json
+import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
-from actors import WIDE, add, pattern
+from actors import WIDE, add, described, pattern
 
 from shmroute import InvalidTicket, RouteArray, RouteGone, ShmRouteReader
 from shmroute.ticket import decode
@@ -26,6 +35,13 @@ def whole(record):
     """A route array over all rows, and nothing else that holds the record."""
     with ShmRouteReader(record.ticket) as routes:
         return routes.array()
+
+
+@pytest.fixture
+def private_folder():
+    """A folder with a short name, as sockets in it must have one."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 def test_a_view_lies_in_the_mapping_of_the_segment(arena, record):
@@ -80,6 +96,32 @@ def test_a_tensor_is_the_same_memory(arena, record):
     del tensor, routes
     assert arena.writer.reclaim() == 0  # a view of the tensor keeps the lease
     del piece
+    assert arena.writer.reclaim() == 1
+
+
+@pytest.mark.parametrize("way", ["torch", "from_numpy"])
+@pytest.mark.parametrize("cut", [np.s_[:], np.s_[3:5], np.s_[::2, 1], np.s_[7, :, ::3]], ids=str)
+def test_a_route_array_makes_a_tensor_of_the_same_memory(whole, way, cut):
+    torch = pytest.importorskip("torch")
+    view = whole[cut]
+    if way == "torch":
+        tensor = view.torch()
+    else:
+        with warnings.catch_warnings():  # that it cannot be read-only: once in a process
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensor = torch.from_numpy(view)
+    assert tensor.data_ptr() == view.__array_interface__["data"][0]
+    assert np.array_equal(tensor.numpy(), view)
+
+
+def test_a_tensor_of_a_route_array_keeps_the_lease(arena, record):
+    pytest.importorskip("torch")
+    with ShmRouteReader(record.ticket) as routes:
+        tensor = routes.array()[3:5].torch()[1:]
+        routes.release()
+    assert arena.writer.reclaim() == 0
+    assert tensor.shape == (1, 4, 8)
+    del tensor
     assert arena.writer.reclaim() == 1
 
 
@@ -144,18 +186,11 @@ def elsewhere(actor):
     other = actor("""
         import base64, pickle
         while True:
-            array = pickle.loads(base64.b64decode(hear()))
-            with open("/proc/self/maps") as maps:
-                at = array.__array_interface__["data"][0]
-                ends = [[int(end, 16) for end in line.split()[0].split("-")]
-                        for line in maps if NAME in line]
-            say(rows=array.tolist(), dtype=array.dtype.str, kind=type(array).__name__,
-                mapped=any(low <= at < high for low, high in ends))
-            del array
+            say(**described(pickle.loads(base64.b64decode(hear())), NAME))
     """)
 
-    def load(array):
-        other.say(base64.b64encode(pickle.dumps(array)).decode())
+    def load(array, dumps=pickle.dumps):
+        other.say(base64.b64encode(dumps(array)).decode())
         return other.hear()
 
     return load
@@ -199,6 +234,56 @@ def test_copies_and_results_pickle_by_value(whole, elsewhere):
         assert there["rows"] == result.tolist()
         assert not there["mapped"]
         assert there["kind"] == "ndarray"
+
+
+def test_copies_and_results_need_no_copy_to_be_pickled(whole):
+    copy, buffers = whole.copy(), []
+    pickled = pickle.dumps(copy, 5, buffer_callback=buffers.append)
+    assert len(pickled) < 300
+    assert np.array_equal(pickle.loads(pickled, buffers=buffers), whole)
+
+
+def test_cloudpickle_carries_a_view_and_functions_that_hold_one(whole, elsewhere):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    there = elsewhere(whole[7:20, 1:3], cloudpickle.dumps)
+    assert there["mapped"]
+    assert there["rows"] == whole[7:20, 1:3].tolist()
+    pickled = cloudpickle.dumps(lambda: whole[3])
+    assert len(pickled) < 1500
+    assert np.array_equal(pickle.loads(pickled)(), whole[3])
+
+
+def test_spawned_processes_map_what_they_are_given(name, whole):
+    views = [whole, whole[7:20], whole[::2, 1], whole + 1]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        there = list(pool.map(described, views, [name] * len(views)))
+    assert [one["rows"] for one in there] == [view.tolist() for view in views]
+    assert [one["mapped"] for one in there] == [True, True, True, False]
+    assert os.getpid() not in {one["process"] for one in there}
+
+
+def test_ray_carries_tickets_and_its_workers_map_the_record(name, record, text, private_folder):
+    pytest.importorskip("ray")
+    script = Path(__file__).with_name("through_ray.py")
+    arguments = [sys.executable, str(script), name, text(record.ticket), str(private_folder)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    rows = np.asarray(pattern("r", record.generation, 50))
+    expected = {
+        "whole": rows,
+        "slice": rows[7:20, 1],
+        "copy": rows,
+        "task": rows,
+        "actor": rows[3:],
+    }
+    assert said["stored_bytes"] < 2000
+    assert {kind: one["rows"] for kind, one in said["views"].items()} == {
+        kind: one.tolist() for kind, one in expected.items()
+    }
+    mapped = {kind for kind, one in said["views"].items() if one["mapped"]}
+    assert mapped == {"whole", "slice", "task", "actor"}
+    assert len({one["process"] for one in said["views"].values()}) == 3
 
 
 def test_a_scalar_result_is_a_scalar(whole):
