@@ -1,0 +1,128 @@
+"""Rows of records as the tokens of a trainer's routers, and whether they fit these.
+
+A router sees scores ``[tokens, experts]``: which token a row is, it cannot tell, and neither can
+anyone behind it. So what can be compared is compared, and an error has the figures: layers,
+``top_k``, experts, tokens, ids, and how many sequences lie side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..batch import read_batch
+from ..errors import ReplayError
+from ..layout import RouteLayout
+from ..partition import Partition
+from ..reader import ShmRouteReader
+from ..releasing import as_many
+
+
+class RouterRows:
+    """The records of one micro-batch and this rank's share of their tokens.
+
+    Parameters
+    ----------
+    sources
+        Of ``shmroute.read_batch``.
+    tokens
+        The rank's share and how sequences are padded. None: all tokens, no padding.
+    arena, timeout
+        Of ``shmroute.read_batch``.
+    """
+
+    def __init__(
+        self, sources: Any, tokens: Partition | None, arena: str | None, timeout: float
+    ) -> None:
+        self._sources = list(as_many(sources))
+        if not self._sources:
+            raise ReplayError(
+                "routes of no sequences: a micro-batch without any needs none, so run its forward "
+                "without replay"
+            )
+        self._tokens = tokens or Partition()
+        self._options: dict[str, Any] = {"arena": arena, "timeout": timeout}
+        self._layout: RouteLayout | None = None
+
+    def read(
+        self, layer_ids: Sequence[int], device: torch.device, sequences_abreast: int = 1
+    ) -> torch.Tensor:
+        """``[tokens, layers, top_k]`` as stored, in the order of a router's tokens.
+
+        Parameters
+        ----------
+        layer_ids
+            Global 0-based decoder-layer numbers.
+        sequences_abreast
+            The batch dimension of a router's input ``[length, batch, hidden]``. 1: the sequences
+            are packed one behind the other.
+        """
+        tokens = self._tokens
+        if sequences_abreast > 1:  # then sequence parallelism cuts their length, not the batch
+            tokens = dataclasses.replace(tokens, sp_rank=0, sp_size=1)
+        rows = read_batch(
+            self._sources,
+            layers=self._positions(layer_ids),
+            tokens=tokens,
+            pad="distinct",
+            device=device,
+            **self._options,
+        ).rows
+        return rows if sequences_abreast == 1 else self._side_by_side(rows, sequences_abreast)
+
+    def check(self, layer_id: int, experts: torch.Tensor, scores: torch.Tensor, topk: int) -> None:
+        """Raise unless these ``experts [tokens, top_k]`` are of a router with such scores."""
+        tokens, known = scores.shape
+        assert self._layout is not None
+        if experts.shape[1] != topk or self._layout.num_experts != known:
+            raise ReplayError(
+                f"layer {layer_id} chooses {topk} of {known} experts, the records have "
+                f"{experts.shape[1]} of {self._layout.num_experts}: they are of another model"
+            )
+        if len(experts) != tokens:
+            raise ReplayError(
+                f"layer {layer_id} has {tokens} tokens on this rank, the routes of its "
+                f"{len(self._sources)} sequences {len(experts)}, cut by {self._tokens}: give the "
+                "sequences of this micro-batch and, as tokens, how they are padded and cut"
+            )
+        # On a GPU to look would be to wait for it, and there the gather stops at such an id.
+        if experts.device.type == "cpu" and bool((experts >= known).any()):
+            raise ReplayError(
+                f"layer {layer_id} has experts 0 to {known - 1}, its routes expert "
+                f"{int(experts.max())}: the record was written with ids outside of its layout"
+            )
+
+    def _positions(self, layer_ids: Sequence[int]) -> list[int]:
+        """Of the layers, on axis 1 of the records."""
+        first = self._sources[0]
+        with ShmRouteReader(
+            first[0] if isinstance(first, (list, tuple)) else first, **self._options
+        ) as record:
+            self._layout = record.layout
+        position = {layer: at for at, layer in enumerate(self._layout.layer_ids)}
+        lacking = [layer for layer in layer_ids if layer not in position]
+        if lacking:
+            raise ReplayError(
+                f"the records have no routes of decoder layers {lacking[:16]} (from 0), they have "
+                f"{list(self._layout.layer_ids)[:64]}: is this the model that the rollout ran?"
+            )
+        return [position[layer] for layer in layer_ids]
+
+    def _side_by_side(self, rows: torch.Tensor, sequences: int) -> torch.Tensor:
+        """Rows of sequences one behind the other as tokens ``[length, sequences]``, flattened."""
+        tokens = self._tokens
+        length = tokens.sequence_multiple // tokens.cp_size
+        even = len(rows) == sequences * length and length % tokens.sp_size == 0
+        whole = tokens.cp_size == 1 or tokens.zigzag  # else a rank has some sequences, not a part
+        if len(self._sources) != sequences or not even or not whole:
+            raise ReplayError(
+                f"the router's input has {sequences} sequences side by side; given are "
+                f"{len(self._sources)}, {len(rows)} rows cut by {tokens}: give one source a "
+                "sequence, and as sequence_multiple the length that all are padded to"
+            )
+        piece = length // tokens.sp_size
+        mine = rows.view(sequences, tokens.sp_size, piece, *rows.shape[1:])[:, tokens.sp_rank]
+        return mine.transpose(0, 1).flatten(0, 1)
