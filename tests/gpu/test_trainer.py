@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import shmroute
-from shmroute import LayoutMismatch, RouteLayout, ShmRouteReader, read_batch
+from shmroute import LayoutMismatch, Partition, RouteLayout, ShmRouteReader, read_batch
 from shmroute.attached import attach
 
 torch = pytest.importorskip("torch")
@@ -116,6 +116,53 @@ def test_layers_on_the_gpu_equal_those_of_the_rows(filled, layers, dtype):
     tickets = [record.ticket for record in records]
     batch = read_batch(tickets, layers=layers, device="cuda", dtype=dtype)
     assert exact(batch.rows, np.concatenate([record.rows[:, layers] for record in records]))
+
+
+RANKS = [
+    {"cp_size": 2, "batch_multiple": 128},
+    {"cp_size": 4, "sp_size": 2, "sequence_multiple": 16},
+    {"cp_size": 2, "zigzag": False},
+    {"sp_size": 4},
+]
+
+
+@pytest.mark.parametrize("how", RANKS, ids=str)
+@pytest.mark.parametrize("layers", [None, slice(1, 3)], ids=["all", "some"])
+@pytest.mark.parametrize("dtype", [None, torch.int64])
+def test_a_rank_s_share_on_the_gpu_is_that_on_the_cpu(filled, how, layers, dtype):
+    """The share on the CPU is compared with the rows in ``store/test_partition.py``."""
+    arena, records = filled
+    turns = []
+    for number, (start, end) in enumerate(((0, 40), (40, 95), (90, 200))):
+        with arena.reserve(f"turn-{number}", tokens=end - start, start=start) as turn:
+            turn.rows[...] = records[0].rows[start:end]
+        turns.append(turn.ticket)
+    inline = arena.inline("inline", records[0].rows[:17].copy(), start=3)
+    sources = [*(record.ticket for record in records), turns, inline]
+    for cp_rank in range(how.get("cp_size", 1)):
+        for sp_rank in range(how.get("sp_size", 1)):
+            wanted = {
+                "layers": layers,
+                "tokens": Partition(cp_rank=cp_rank, sp_rank=sp_rank, **how),
+                "pad": "mask",
+                "dtype": dtype,
+            }
+            here = read_batch(sources, device="cuda", **wanted)
+            expected = read_batch(sources, **wanted)
+            assert exact(here.rows, expected.rows.numpy())
+            assert exact(here.padding_mask, expected.padding_mask.numpy())
+            assert here.cu_seqlens.tolist() == expected.cu_seqlens.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_padding_on_the_gpu_may_be_minus_one(filled, dtype):
+    _, records = filled
+    tickets = [record.ticket for record in records]
+    batch = read_batch(tickets, pad="minus_one", device="cuda", dtype=dtype)
+    minus_one = np.full((1, *records[0].rows.shape[1:]), -1)
+    assert exact(
+        batch.rows, np.concatenate([part for r in records for part in (r.rows, minus_one)])
+    )
 
 
 def test_every_id_comes_out_right(make_arena, way):
