@@ -1,8 +1,7 @@
 """A tensor of routes that has no rows until somebody needs them; for slime.
 
-Problem: slime keeps a sample's routes as an int32 tensor, which it joins, checks, cuts to a
-rank's tokens and pads, in five processes for each rank that trains on it; a rank at last looks
-at the columns of its own layers.
+Problem: slime keeps a sample's routes as an int32 tensor, which it joins, checks, sends, pads and
+cuts to a rank's tokens, a copy each time; in the end a rank looks at its own layers' columns.
 
 ``LazyRoutes`` is a tensor in all of that code, ``int32 [rows, num_layers, top_k]`` on the CPU, and
 holds a list of ``RowRange``s and pads. Cutting and joining rows is arithmetic on that list;
@@ -14,8 +13,8 @@ its pickle is tickets. What it selects as one layer can be put on the device::
     layer.materialize_for_routing_replay("forward")         # int32 [tokens, top_k] on the GPU
 
 The layers selected from one tensor (a micro-batch's, of a pipeline stage) are read at once, as
-stored, when the first is needed, and the device lets go of them when each has been used once:
-3 KB wide strips cross PCIe at its speed, strips of 8 bytes do not.
+stored, when the first is needed, in one copy instead of one a layer of ``top_k`` bytes a token. The
+device lets go of them when each has been used once.
 
 Any other operation sees the rows: they are read and the operation runs on a plain tensor.
 """
