@@ -29,6 +29,9 @@ with warnings.catch_warnings():
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+# Without Transformer Engine, Megatron-core 0.16.1 asks whether this is None and has not named it.
+vars(moe_utils).setdefault("te_general_gemm", None)
+
 process_groups = moe_utils.get_default_pg_collection
 
 EXPERTS, TOP_K, VOCAB, HIDDEN = 16, 4, 32, 16
@@ -39,15 +42,14 @@ def megatron_on_a_cpu(*, stages: int = 1) -> Iterator[None]:
     """Megatron as the last rank of a pipeline, on a CPU; of 2 stages with 2 chunks each.
 
     The ranks' process group is torch's fake one: nothing that is called here communicates with
-    another stage. What is replaced are questions to a GPU: which it is, what its random
-    generator's state is, and a GEMM of Transformer Engine that has no CPU form.
+    another stage. What is replaced are questions to a GPU: which it is, and what its random
+    generator's state is.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
         patch.setattr(torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state())
         patch.setattr(megatron_random, "_get_cuda_rng_state", lambda *_, **__: None)
         patch.setattr(megatron_random, "_set_cuda_rng_state", lambda *_, **__: None)
-        patch.setattr(moe_utils, "te_general_gemm", None, raising=False)
         torch.distributed.init_process_group(
             "fake", rank=stages - 1, world_size=stages, store=FakeStore()
         )
@@ -88,18 +90,27 @@ def config(**changes: Any) -> TransformerConfig:
 
 def pipelined(**changes: Any) -> TransformerConfig:
     """Eight layers in four chunks of two, on two pipeline stages."""
-    return config(
-        num_layers=8,
-        moe_layer_freq=[0, 1, 1, 1, 1, 1, 1, 1],
-        pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=2,
-        pipeline_dtype=torch.float32,
-        **changes,
-    )
+    settings: dict[str, Any] = {
+        "num_layers": 8,
+        "moe_layer_freq": [0, 1, 1, 1, 1, 1, 1, 1],
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+    }
+    return config(**{**settings, **changes})
 
 
-def gpt(settings: TransformerConfig, *, vp_stage: int | None = None) -> GPTModel:
-    """A GPT model, or a chunk of one; always the same weights for the same settings."""
+def gpt(
+    settings: TransformerConfig,
+    *,
+    vp_stage: int | None = None,
+    first: bool | None = None,
+    last: bool | None = None,
+) -> GPTModel:
+    """A GPT model, or a chunk from its middle; always the same weights for the same settings.
+
+    ``first`` and ``last`` say whether a chunk has the embedding and the output layer.
+    """
     torch.manual_seed(0)
     spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, vp_stage=vp_stage)
     mtp = settings.mtp_num_layers and get_gpt_mtp_block_spec(
@@ -110,8 +121,8 @@ def gpt(settings: TransformerConfig, *, vp_stage: int | None = None) -> GPTModel
         spec,
         vocab_size=VOCAB,
         max_sequence_length=64,
-        pre_process=vp_stage is None,
-        post_process=vp_stage is None,
+        pre_process=vp_stage is None if first is None else first,
+        post_process=vp_stage is None if last is None else last,
         position_embedding_type="rope",
         vp_stage=vp_stage,
         mtp_block_spec=mtp or None,
