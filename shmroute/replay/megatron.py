@@ -196,8 +196,8 @@ class LayerReplay:
 
     Attributes
     ----------
-    layer_number
-        Megatron's: global, from 1.
+    layer_number, num_layers
+        Megatron's: global, from 1 to the number of the whole model's layers.
     column
         The layer's place among those of its chunk.
     replaced
@@ -208,6 +208,7 @@ class LayerReplay:
 
     def __init__(self, router: Router, column: int, forwards: Forwards[_MicroBatch]) -> None:
         self.layer_number: int = router.layer_number
+        self.num_layers: int = router.config.num_layers
         self.column = column
         self.replaced: Any = router.router_replay
         self.sequences_abreast = 1
@@ -300,7 +301,10 @@ class _MicroBatch:
         self._check_turn(layer, again)
         if self._rows is None:
             self._rows = self._source.read(
-                self._chunk.layer_ids, scores.device, layer.sequences_abreast
+                self._chunk.layer_ids,
+                scores.device,
+                num_layers=layer.num_layers,
+                sequences_abreast=layer.sequences_abreast,
             )
         experts = self._rows[:, layer.column].to(torch.int64)
         self._source.check(layer.layer_number - 1, experts, scores, topk)

@@ -48,7 +48,12 @@ class RouterRows:
         self._layout: RouteLayout | None = None
 
     def read(
-        self, layer_ids: Sequence[int], device: torch.device, sequences_abreast: int = 1
+        self,
+        layer_ids: Sequence[int],
+        device: torch.device,
+        *,
+        num_layers: int,
+        sequences_abreast: int = 1,
     ) -> torch.Tensor:
         """``[tokens, layers, top_k]`` as stored, in the order of a router's tokens.
 
@@ -56,6 +61,8 @@ class RouterRows:
         ----------
         layer_ids
             Global 0-based decoder-layer numbers.
+        num_layers
+            What they count up to: the layers of the whole model.
         sequences_abreast
             The batch dimension of a router's input ``[length, batch, hidden]``. 1: the sequences
             are packed one behind the other.
@@ -65,7 +72,7 @@ class RouterRows:
             tokens = dataclasses.replace(tokens, sp_rank=0, sp_size=1)
         rows = read_batch(
             self._sources,
-            layers=self._positions(layer_ids),
+            layers=self._positions(layer_ids, num_layers),
             tokens=tokens,
             pad="distinct",
             device=device,
@@ -95,13 +102,20 @@ class RouterRows:
                 f"{int(experts.max())}: the record was written with ids outside of its layout"
             )
 
-    def _positions(self, layer_ids: Sequence[int]) -> list[int]:
+    def _positions(self, layer_ids: Sequence[int], num_layers: int) -> list[int]:
         """Of the layers, on axis 1 of the records."""
         first = self._sources[0]
         with ShmRouteReader(
             first[0] if isinstance(first, (list, tuple)) else first, **self._options
         ) as record:
             self._layout = record.layout
+        if self._layout.num_layers != num_layers:
+            raise ReplayError(
+                f"the model counts {num_layers} layers, the records' {self._layout.num_layers}: "
+                "this is another model, or one that counts attention and MoE as layers of their "
+                "own, so that a layer's number says another thing in each; or its RouteLayout was "
+                "made without num_layers"
+            )
         position = {layer: at for at, layer in enumerate(self._layout.layer_ids)}
         lacking = [layer for layer in layer_ids if layer not in position]
         if lacking:

@@ -6,6 +6,7 @@ import copy
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import megatron_models as megatron
@@ -18,8 +19,7 @@ from megatron_models import EXPERTS, TOP_K, as_map, gradients
 from rollouts import routes
 
 import shmroute
-from shmroute import Arena, ReplayError, RouteLayout
-from shmroute.partition import Partition
+from shmroute import Arena, Partition, ReplayError, RouteLayout
 from shmroute.replay.megatron import LayerReplay, RouteReplay
 
 pytestmark = pytest.mark.filterwarnings("ignore:::megatron")
@@ -537,6 +537,23 @@ def test_a_micro_batch_has_its_place(sequences):
             pass
 
 
+def test_forwards_of_a_schedule_run_in_one_thread(sequences, tokens):
+    model = megatron.gpt(megatron.config())
+    replay, tickets = RouteReplay(model), sequences.add(12)
+
+    def run() -> None:
+        with replay.micro_batch(tickets):
+            megatron.logits(model, tokens)
+
+    with ThreadPoolExecutor(1) as other:
+        with replay.schedule():
+            run()
+            with pytest.raises(ReplayError, match="run a schedule's forwards in one thread"):
+                other.submit(run).result()
+        with replay.schedule():
+            other.submit(run).result()
+
+
 def test_other_tokens_are_refused_with_their_number(sequences):
     model = megatron.gpt(megatron.config())
     replay = RouteReplay(model)
@@ -564,11 +581,15 @@ def test_sequences_side_by_side_need_one_length(sequences):
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        (RouteLayout(EXPERTS, TOP_K, [0, 1]), r"no routes of decoder layers \[2\].*\[0, 1\]"),
+        (RouteLayout(EXPERTS, TOP_K, [0, 1], num_layers=3), r"of decoder layers \[2\].*\[0, 1\]"),
+        (
+            RouteLayout(EXPERTS, TOP_K, [1, 2], num_layers=6),
+            "model counts 3 layers, the records' 6",
+        ),
         (RouteLayout(EXPERTS, 2, [1, 2]), "layer 1 chooses 4 of 16 experts, the records have 2 of"),
         (RouteLayout(64, TOP_K, [1, 2]), "layer 1 chooses 4 of 16 experts, the records have 4 of"),
     ],
-    ids=["layers", "top-k", "experts"],
+    ids=["layers", "number of layers", "top-k", "experts"],
 )
 def test_records_of_another_model_are_refused(sequences_of, layout, message):
     model = megatron.gpt(megatron.config())
