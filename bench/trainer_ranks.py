@@ -1,0 +1,219 @@
+"""Ranks of a trainer as processes of their own, and their two ways to a batch's routes.
+
+Every rank stands for one GPU of a node. The ranks of a round begin at the same time, and where
+memory is asked for each is measured while all hold what they hold most of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from route_chains import LAYERS, SGLANG, TOP_K
+
+import shmroute
+
+Way = Literal["native", "native, one by one", "as stored", "int32", "as stored, share"]
+
+STAGE = slice(12, 24)  # the second of four pipeline stages
+SHARE = shmroute.Partition(cp_rank=1, cp_size=2, sp_rank=0, sp_size=2, batch_multiple=256)
+_SECONDS = 300.0
+_LIBC = ctypes.CDLL(None)
+
+AtMost = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where the same records lie for both ways: tickets, and files of base64 of int32."""
+
+    tickets: list[bytes]
+    texts: list[Path]
+
+    def of_first(self, count: int) -> Batch:
+        """Those records alone."""
+        return Batch(self.tickets[:count], self.texts[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a process: its own, and with its part of what it shares with others."""
+
+    private: int
+    proportional: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a rank took: seconds, and at its most memory the bytes that it had grown by."""
+
+    seconds: float
+    grown: Memory
+
+
+# -- the ways ------------------------------------------------------------------------------------
+
+
+def native(batch: Batch, at_most: AtMost) -> torch.Tensor:
+    """As trainers do it: the samples arrive, all of them decoded; then the batch is packed."""
+    decoded = [_decoded(text) for text in batch.texts]
+    parts = [_padded(rows[:, STAGE]) for rows in decoded]
+    packed = torch.cat(parts)
+    at_most()
+    return packed
+
+
+def native_one_by_one(batch: Batch, at_most: AtMost) -> torch.Tensor:
+    """The least memory that the format allows: a sample's other layers are dropped at once."""
+    parts = [_padded(_decoded(text)[:, STAGE]) for text in batch.texts]
+    packed = torch.cat(parts)
+    at_most()
+    return packed
+
+
+def _decoded(text: Path) -> Any:
+    """The rows; the text is read where the kernel holds it, and no memory of the rank."""
+    with (
+        text.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        decoded = SGLANG.decode(mapped)  # type: ignore[arg-type]
+    return np.frombuffer(decoded, np.int32).reshape(-1, LAYERS, TOP_K)
+
+
+def _padded(rows: Any) -> torch.Tensor:
+    """The rows of a sequence's tokens, the last one's as padding."""
+    padded = torch.empty((len(rows) + 1, *rows.shape[1:]), dtype=torch.int32)
+    padded.numpy()[:-1] = rows
+    padded[-1] = torch.arange(TOP_K, dtype=torch.int32)
+    return padded
+
+
+def from_arena(
+    batch: Batch,
+    at_most: AtMost,
+    dtype: torch.dtype | None = None,
+    tokens: shmroute.Partition | None = None,
+) -> torch.Tensor:
+    """``read_batch``."""
+    packed = shmroute.read_batch(
+        batch.tickets, layers=STAGE, tokens=tokens, pad="distinct", dtype=dtype
+    )
+    at_most()
+    return packed.rows
+
+
+_WAYS: dict[Way, Callable[[Batch, AtMost], torch.Tensor]] = {
+    "native": native,
+    "native, one by one": native_one_by_one,
+    "as stored": from_arena,
+    "int32": lambda batch, at_most: from_arena(batch, at_most, torch.int32),
+    "as stored, share": lambda batch, at_most: from_arena(batch, at_most, None, SHARE),
+}
+
+
+def check_equal(batch: Batch) -> None:
+    """Both ways must give the same rows."""
+    few = batch.of_first(3)
+    expected = native(few, lambda: None)
+    for way in ("native, one by one", "as stored", "int32"):
+        if not torch.equal(_WAYS[way](few, lambda: None).int(), expected):
+            raise AssertionError(f"the rows {way} are others than those of the native decode")
+
+
+# -- the processes -------------------------------------------------------------------------------
+
+
+class Ranks:
+    """So many processes that read the batch at the same time, as often as they are asked to."""
+
+    def __init__(self, count: int, batch: Batch) -> None:
+        context = multiprocessing.get_context("spawn")
+        # Kept: its semaphores lose their names with it, and children may not have opened them yet.
+        self._together = context.Barrier(count)
+        self._children = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            child = context.Process(target=_serve, args=(theirs, self._together, batch))
+            self._children.append((child, ours))
+            child.start()
+            theirs.close()
+
+    def read(self, way: Way, *, afresh: bool) -> list[Reading]:
+        """Have every rank read the batch once.
+
+        ``afresh``: after it has given back to the system what it has freed, so that what it grows
+        by is what it takes. Else it may take that again, as a process does that reads batch after
+        batch.
+        """
+        for _, ours in self._children:
+            ours.send((way, afresh))
+        return [self._answer(child, ours) for child, ours in self._children]
+
+    def _answer(self, child: Any, ours: Connection) -> Reading:
+        if not ours.poll(_SECONDS):
+            raise RuntimeError(f"a rank (pid {child.pid}) did not answer in {_SECONDS:.0f} s")
+        reading: Reading = ours.recv()
+        return reading
+
+    def close(self) -> None:
+        """End the processes."""
+        for child, _ in self._children:
+            child.terminate()
+        for child, ours in self._children:
+            child.join()
+            ours.close()
+
+
+def _serve(parent: Connection, together: Barrier, batch: Batch) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks, or is gone itself
+    torch.set_num_threads(1)  # as torchrun has it
+    with contextlib.suppress(EOFError):
+        while True:
+            way, afresh = parent.recv()
+            if afresh:
+                _LIBC.malloc_trim(0)
+            parent.send(_read(way, together, batch))
+
+
+def _read(way: Way, together: Barrier, batch: Batch) -> Reading:
+    before = _memory()
+    most = before
+    spent = 0.0
+
+    def at_most() -> None:
+        nonlocal most, spent
+        reached = time.perf_counter()
+        together.wait(_SECONDS)
+        most = _memory()
+        together.wait(_SECONDS)
+        spent = time.perf_counter() - reached
+
+    together.wait(_SECONDS)
+    began = time.perf_counter()
+    _WAYS[way](batch, at_most)
+    seconds = time.perf_counter() - began - spent
+    grown = Memory(most.private - before.private, most.proportional - before.proportional)
+    return Reading(seconds, grown)
+
+
+def _memory() -> Memory:
+    private = proportional = 0
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_"):
+            private += int(line.split()[1]) * 1024
+        elif line.startswith("Pss:"):
+            proportional = int(line.split()[1]) * 1024
+    return Memory(private, proportional)
