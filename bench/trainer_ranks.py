@@ -146,7 +146,9 @@ class Ranks:
         self._children = []
         for _ in range(count):
             ours, theirs = context.Pipe()
-            child = context.Process(target=_serve, args=(theirs, self._together, batch))
+            child = context.Process(
+                target=_serve, args=(theirs, self._together, batch), daemon=True
+            )
             self._children.append((child, ours))
             child.start()
             theirs.close()
@@ -180,7 +182,7 @@ class Ranks:
 def _serve(parent: Connection, together: Barrier, batch: Batch) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks, or is gone itself
     torch.set_num_threads(1)  # as torchrun has it
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
         while True:
             way, afresh = parent.recv()
             if afresh:
