@@ -1,12 +1,14 @@
 """``read_batch``: the routes of a batch of samples, packed into one tensor where they are used.
 
 Protocol
-    1 learn how many rows there are: tickets say it, records named by rid are opened
-    2 open each record, under its lease; check that it fits the others; queue its copy, see
+    1 learn which rows there are: tickets say it, records named by rid are opened. Join those of
+      one sequence, see ``sequences``, and cut out what the rank computes, see ``partition``
+    2 open each record, under its lease; check that it fits the others; queue its copies, see
       ``transfer``. That takes about 20 us, in which PCIe carries 1 MB: the copy of the one
-      before is under way meanwhile. Before the first copy nothing is, so no more than the
-      number of rows is looked at in step 1
-    3 let go: at once where the copies are done, else when the GPU has passed them
+      before is under way meanwhile. Before the first copy nothing is, so no more than that is
+      looked at in step 1
+    3 fill what no record has a row for, see ``padding``
+    4 let go: at once where the copies are done, else when the GPU has passed them
 
 An error lets go of every record: after copies that were under way already, and without
 waiting for the error's traceback to be dropped.

@@ -90,11 +90,13 @@ class Partition:
 
     Notes
     -----
-    How trainers cut, with TP, CP for their sizes:
+    How trainers cut, with TP and CP for their sizes, and ``sp_size=TP`` under sequence parallelism:
 
-    Megatron-core, Transformer Engine (THD), slime, miles
-        zigzag, ``batch_multiple=128 * TP``: their ``data_pad_size_multiplier``, in Megatron-core
-        whatever its data loader pads to. With slime's and miles's ``allgather_cp``, contiguous.
+    slime, miles
+        zigzag, ``batch_multiple=128 * TP`` (128 is their ``data_pad_size_multiplier``); with
+        ``allgather_cp`` contiguous.
+    Megatron-core, Transformer Engine (THD)
+        zigzag, and the multiples that the data loader pads to.
     verl, Megatron backend
         zigzag, ``sequence_multiple=TP * CP * 2`` (TP where CP is 1). With FP8, of that number m:
         ``sequence_multiple=lcm(16, m), batch_multiple=128 * m // CP, pad_last_sequence=True``.

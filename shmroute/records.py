@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import LayoutMismatch
@@ -70,9 +70,6 @@ class Records:
             record = self._opened[index] = self._opener.open(source, left)
             self._check(index, record)
         return record
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self._sources)))
 
     def sequences(self) -> list[Joined]:
         """One of each source, as the tickets say. Each is compared with its record when that is

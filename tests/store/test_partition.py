@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 from actors import LAYOUT, WIDE, pattern
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmroute import Partition, RouteLayout, read_batch
@@ -67,6 +67,7 @@ HOW = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, how=HOW)
 def test_a_rank_computes_the_tokens_that_trainers_give_it(lengths, how):
     for partition in ranks(**how):
@@ -78,6 +79,7 @@ def test_a_rank_computes_the_tokens_that_trainers_give_it(lengths, how):
         assert np.array_equal(rows, computed(partition, lengths)), partition
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, how=HOW)
 def test_each_token_is_computed_by_one_rank_and_all_ranks_have_as_many_rows(lengths, how):
     cuts = [partition.cut(lengths) for partition in ranks(**how)]
