@@ -1,12 +1,11 @@
 """The capturer that SGLang's models write into, with the route table behind it.
 
-It keeps SGLang's capture buffer (each layer writes ``[tokens, layer, top_k]`` into it, from
-within CUDA graphs where there are any) and replaces what comes after: instead of a copy to
-a host cache at each step, one scatter into the route table.
+It keeps SGLang's capture buffer (each layer writes ``[tokens, layer, top_k]`` into it; in a
+decode graph one kernel does, see ``decode_graphs``) and replaces what comes after: instead of a
+copy to a host cache at each step, one scatter into the route table.
 
-Every rank has one, since models branch on whether a capturer exists and some capture with
-collectives. Only the owner (pipeline, attention-TP and attention-CP rank 0) has a table
-and an arena.
+Every rank has one, since models branch on whether a capturer exists. Only the owner (pipeline,
+attention-TP and attention-CP rank 0) has a table and an arena; the others capture nothing.
 
 With DP attention that is one owner a DP rank, and MoE layers run on the tokens of all ranks, so
 that each rank captures everybody's routes, rank after rank::
@@ -23,12 +22,12 @@ length of a rank's part, so those are refused with DP attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.layers.dp_attention import is_dp_attention_enabled
-from sglang.srt.runtime_context import get_parallel, get_schedule, get_serving
+from sglang.srt.runtime_context import get_parallel, get_schedule, get_server_args, get_serving
 from sglang.srt.state_capturer.base import BaseDeviceCache
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
@@ -43,7 +42,17 @@ from .publisher import Publisher
 from .settings import Settings
 from .table import RouteTable, place_table
 from .tags import FOREIGN_TOKEN, POSITION_MAX
-from .versions import data_parallel_ranks, fused_shared_experts, kv_locations
+from .versions import (
+    captures_decode_graph,
+    data_parallel_ranks,
+    fused_shared_experts,
+    keeps_routes_in_decode_graphs,
+    kv_locations,
+    resolved_arguments,
+)
+
+if TYPE_CHECKING:
+    from .decode_graphs import DecodeGraphs
 
 logger = logging.getLogger("shmroute")
 
@@ -89,6 +98,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         # One view for all forwards: their rows are the first ones, unless ranks share the buffer.
         self._every_row = self.device_cache.buffer[:, :, : self.topk_size]
         self._shares_buffer = is_dp_attention_enabled()
+        self._decode_graphs: DecodeGraphs | None = None
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
         self._num_tokens = num_tokens
@@ -131,7 +141,9 @@ class ArenaCapturer(RoutedExpertsCapturer):
         publisher.counters.set("table_bytes", self.table.nbytes)
         publisher.counters.set("table_device_bytes", self.table.device_bytes)
         publisher.start()
-        self.table.compile(self.device_cache.buffer[:1, :, : self.topk_size])
+        if self.table.device.type == "cuda" and not self._shares_buffer:
+            self._keep_in_decode_graphs(routes.layer_ids)
+        self.table.compile(self._every_row[:1])
         self.publisher = publisher
         logger.warning(
             "shmroute: arena %s (%s): %.2f GiB, %d slots; route table of %d KV tokens: "
@@ -150,14 +162,36 @@ class ArenaCapturer(RoutedExpertsCapturer):
             "; shadow mode" if settings.shadow else "",
         )
 
+    def _keep_in_decode_graphs(self, layer_ids: Sequence[int]) -> None:
+        if not keeps_routes_in_decode_graphs(resolved_arguments(get_server_args())):
+            return
+        from .decode_graphs import DecodeGraphs  # needs Triton, which not every CPU build has
+
+        buffer = self.device_cache.buffer
+        if self.shadow:
+            # SGLang's way gets its copies at once, into a buffer that it alone has.
+            buffer = torch.full_like(buffer, -1)
+            self._every_row = buffer[:, :, : self.topk_size]
+        self._decode_graphs = DecodeGraphs(buffer, layer_ids, captures_decode_graph)
+
     # -- at each forward ---------------------------------------------------------------------
 
     def capture(self, layer_id: int, topk_indices: torch.Tensor) -> None:
-        """Keep a layer's routes; of a forward that the buffer cannot hold, none.
+        """Keep a layer's routes, if anybody will read them.
 
-        SGLang's own write would raise inside the model and end the engine. Its rows stay -1.
+        Of a forward that the buffer cannot hold, none: SGLang's own write would raise inside the
+        model and end the engine. Its rows stay -1.
         """
-        if len(topk_indices) <= len(self.device_cache.buffer):
+        unread = self.publisher is None and not self.shadow
+        if unread or len(topk_indices) > len(self.device_cache.buffer):
+            return
+        graphs = self._decode_graphs
+        if graphs is None:
+            super().capture(layer_id, topk_indices)
+            return
+        if not graphs.keep(layer_id, topk_indices):
+            self._every_row[: len(topk_indices), layer_id] = topk_indices[:, : self.topk_size]
+        if self.shadow:
             super().capture(layer_id, topk_indices)
 
     def on_forward_begin(self, forward_batch: Any) -> None:
@@ -173,6 +207,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
         # The second question looks at every request of the batch.
         if self._multimodal and forward_batch.contains_mm_inputs():
             tokens = tokens.clone()
+        if self._decode_graphs is not None:
+            self._decode_graphs.before_forward()
         number = self.publisher.gatherer.forward_begins()
         locations = kv_locations(forward_batch)
         self._entry = _Entry(number, tokens, forward_batch.positions, locations)
@@ -188,6 +224,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
 
         What is returned rides with the batch's result through SGLang's overlap.
         """
+        if self.publisher is None and not self.shadow:
+            return None
         if self._shares_buffer:
             captured = self._get_local_slice(forward_batch, can_run_graph, cuda_graph_batch)
         else:

@@ -124,3 +124,28 @@ def data_parallel_ranks() -> int:
 
     parallel = get_parallel()
     return int(parallel.dp_size if is_older() else parallel.num_dp_ranks)
+
+
+def keeps_routes_in_decode_graphs(arguments: Any) -> bool:
+    """Whether ``topk_ids`` stay as the router made them until the end of a decode graph.
+
+    Not where a graph is cut into pieces, where a compiler plans the memory, and where experts on
+    the CPU or on other ranks have ids rewritten. ``arguments`` as resolved.
+    """
+    return bool(
+        arguments.cuda_graph_config.decode.backend == "full"
+        and not arguments.enable_torch_compile
+        and arguments.kt_weight_path is None
+        and arguments.ep_size == 1
+    )
+
+
+def captures_decode_graph() -> bool:
+    """Whether SGLang captures a decode graph on the calling thread's stream right now.
+
+    Its prefill graphs are cut into pieces, and their memory may be a compiler's.
+    """
+    import torch
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    return bool(capture_mode.is_capture_mode) and torch.cuda.is_current_stream_capturing()

@@ -775,6 +775,17 @@ _GPU = (
         gpu=True,
     ),
     Guard(
+        "layers' routes kept until they are read",
+        "no later layer is given their memory in a decode graph",
+        "sglang_bridge/decode_graphs.py",
+        "            self._kept[place] = ids\n",
+        "            self._kept[place] = ids.view(ids.shape)\n"
+        "            self._known[self._graphs, place] = ids.data_ptr()\n"
+        '            self._kept[place] = torch.empty_like(ids, device="meta")\n',
+        ("gpu/test_decode_graphs.py::test_replays_write_the_routes_of_their_own_step",),
+        gpu=True,
+    ),
+    Guard(
         "a trainer's lease until its copy is done",
         "rows do not change while the GPU reads them",
         "shmroute/inflight.py",

@@ -12,6 +12,7 @@ import torch
 from forwards import VOCABULARY, Forwards
 
 from sglang_bridge import kernels
+from sglang_bridge.decode_graphs import DecodeGraphs
 from sglang_bridge.table import RouteTable
 from shmroute import RouteLayout
 
@@ -103,3 +104,37 @@ def test_the_gather_kernel_takes_several_pieces_to_their_places(top_k: int) -> N
         got = staging[place : place + n * words].view(n, words)
         assert (got == table.words[where.long()]).all()
         assert (tags[first : first + n] == table.tags[where.long()]).all()
+
+
+def test_layers_that_were_kept_are_written_once_their_addresses_are_there() -> None:
+    buffer = torch.full((50, 6, 3), -1, dtype=torch.int32)
+    graphs = DecodeGraphs(buffer, [1, 2, 4], lambda: True)
+    layers = {
+        layer: torch.randint(0, 9, (40, 3), dtype=torch.int32, generator=torch.manual_seed(layer))
+        for layer in (1, 2, 4)
+    }
+    assert graphs.keep(1, layers[1])
+    assert not graphs.keep(2, layers[2].to(torch.int64)), "of another type: copied at once"
+    assert not graphs.keep(3, layers[2]), "no MoE layer"
+    assert graphs.keep(4, layers[4])
+    assert (buffer == -1).all(), "no address is known yet, so nothing was read"
+
+    graphs.before_forward()
+    graphs._write(graphs._addresses[0], 40)  # what a replay does
+    for layer in (1, 4):
+        np.testing.assert_array_equal(buffer[:40, layer], layers[layer])
+    assert (buffer[:, [0, 2, 3, 5]] == -1).all()
+    assert (buffer[40:] == -1).all()
+
+
+def test_a_capture_that_was_given_up_leaves_nothing_to_the_next() -> None:
+    buffer = torch.full((4, 2, 2), -1, dtype=torch.int32)
+    graphs = DecodeGraphs(buffer, [0, 1], lambda: True)
+    given_up, first, last = (torch.full((3, 2), value, dtype=torch.int32) for value in (5, 6, 7))
+    assert graphs.keep(0, given_up)
+    assert graphs.keep(0, first)
+    assert graphs.keep(1, last)
+    graphs.before_forward()
+    graphs._write(graphs._addresses[0], 3)
+    assert buffer[:3, 0].eq(6).all()
+    assert buffer[:3, 1].eq(7).all()
