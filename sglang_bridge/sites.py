@@ -148,6 +148,8 @@ ATTRIBUTES = {
         *(() if _OLDER else ("is_draft",)),
     ),
     "sglang.srt.model_executor.model_runner.ModelRunner": ("is_draft_worker",),
+    # A module; its function of a similar name counts prefill graphs, too.
+    "sglang.srt.model_executor.runner_utils.capture_mode": ("is_capture_mode",),
     "sglang.srt.configs.model_config.ModelConfig": ("is_multimodal",),
     "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager": (
         "memory_saver_adapter",
