@@ -26,6 +26,7 @@ import numpy.typing as npt
 import pytest
 from engines import Engines
 from hook_probe import HookProbe
+from replaying import handed_to_experts
 from small_models import ModelShape
 from traffic import EveryConfiguration, Reply, Routes, Traffic, native_request
 
@@ -293,6 +294,14 @@ class TestDeepSeekV3(EveryConfiguration):
         rows = served.routes(served.generate(served.prompt(200))).rows
         assert rows.max() <= 63
         assert (np.sort(rows, axis=-1)[..., 1:] != np.sort(rows, axis=-1)[..., :-1]).all()
+
+    def test_replayed_in_transformers_every_layer_and_token_gets_the_engines_experts(
+        self, served: Traffic, checkpoint: Callable[[str], Path]
+    ) -> None:
+        replies = [served.generate(served.prompt(length)) for length in (90, 35)]
+        handed = handed_to_experts(checkpoint("deepseek-v3"), replies, served.arena)
+        for reply, experts in zip(replies, handed, strict=True):
+            np.testing.assert_array_equal(experts, served.routes(reply).rows)
 
     def test_a_second_turn_has_the_first_turns_rows(self, served: Traffic) -> None:
         first = served.generate(served.prompt(60))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engines import Engines
+from replaying import handed_to_experts
 from traffic import EveryConfiguration, Reply, Traffic, native_request
 
 from shmroute import RouteNotFound, ShmRouteReader
@@ -315,6 +316,21 @@ def test_a_client_that_goes_away_leaves_no_request_unaccounted(served: Traffic) 
         assert time.monotonic() < deadline, "the engine did not end the request"
         time.sleep(0.05)
     assert served.read("left-alone").prompt_tokens == 30
+
+
+# -- the same weights in a trainer -----------------------------------------------------------------
+
+
+def test_replayed_in_transformers_every_layer_and_token_gets_the_engines_experts(
+    served: Traffic, checkpoint: Callable[[str], Path]
+) -> None:
+    prompts = [served.prompt(length) for length in (20, 200, 75)]
+    replies = served.together(
+        [lambda prompt=prompt: served.generate(prompt, max_new_tokens=40) for prompt in prompts]
+    )
+    handed = handed_to_experts(checkpoint("qwen3-32"), replies, served.arena)
+    for reply, experts in zip(replies, handed, strict=True):
+        np.testing.assert_array_equal(experts, served.routes(reply).rows)
 
 
 # -- requests that ask for no routes -------------------------------------------------------------
