@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
 VENV := .venv/bin/python
 TOOLS := .venv/environment/bin
 
-.PHONY: setup demo test test-fast lint bench-store bench-engine clean
+.PHONY: setup demo demo-r3 test test-fast lint bench-store bench-engine bench-transports clean
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: no Python found; install python3.11" >&2; exit 1; }
@@ -13,6 +13,9 @@ setup:
 
 demo: setup
 	@$(VENV) bench/demo.py
+
+demo-r3: setup
+	@$(VENV) bench/r3.py
 
 test: setup
 	$(VENV) -m pytest
@@ -31,7 +34,11 @@ bench-store: setup
 bench-engine: setup
 	$(VENV) bench/engine.py throughput itl latency memory --trace --json engine-report.json
 
+bench-transports: setup
+	$(VENV) bench/transports.py
+
 clean:
 	rm -rf .venv build dist *.egg-info sglang_bridge/cpu_platform/*.egg-info
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis demo-report.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f demo-report.json demo-report.png r3-report.json r3-report.png
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -27,7 +27,7 @@ def start(main: Callable[[], None]) -> int:
         return pid
     status = 1
     try:
-        _end_with(parent)
+        end_with(parent)
         main()
         status = 0
     except BaseException:
@@ -37,7 +37,8 @@ def start(main: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, whatever ends that."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was faster
         os._exit(1)

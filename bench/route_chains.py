@@ -7,6 +7,8 @@ is the ticket. ``store.py`` times them and says what the figures mean.
 from __future__ import annotations
 
 import base64
+import functools
+import importlib
 import json
 import pickle
 import statistics
@@ -22,11 +24,6 @@ import orjson
 import pybase64
 
 import shmroute
-
-try:
-    import torch
-except ImportError:
-    torch = None
 
 LAYERS, TOP_K, EXPERTS = 48, 8, 128
 ROUTES = shmroute.RouteLayout(EXPERTS, TOP_K, range(LAYERS), model="Qwen/Qwen3-30B-A3B")
@@ -95,15 +92,16 @@ class Finished:
 class RouteTables:
     """The same routes by KV location twice: int32 as SGLang holds them, uint8 as shmroute does."""
 
-    def __init__(self) -> None:
+    def __init__(self, kv_tokens: int = KV_TOKENS) -> None:
         self._random = np.random.default_rng(0)
-        shape = (KV_TOKENS, LAYERS, TOP_K)
+        self._kv_tokens = kv_tokens
+        shape = (kv_tokens, LAYERS, TOP_K)
         self.compact: Array = self._random.integers(0, EXPERTS, shape, dtype=np.uint8)
-        self._int32: Any = _tensor(self.compact.astype(np.int32))
+        self._int32: Any = as_tensor(self.compact.astype(np.int32))
 
     def scattered(self, tokens: int) -> Array:
         """KV locations of a request, as scattered as they can be."""
-        return self._random.choice(KV_TOKENS, tokens, replace=False)
+        return self._random.choice(self._kv_tokens, tokens, replace=False)
 
     def gather_int32(self, locations: Any) -> Any:
         """SGLang's gather, with its tensors where torch is installed."""
@@ -111,7 +109,7 @@ class RouteTables:
 
     def staged(self, lap: int, tokens: int) -> Finished:
         """Rows that lie together, as the GPU's gather leaves them in staging."""
-        first = lap % (KV_TOKENS // tokens) * tokens
+        first = lap % (self._kv_tokens // tokens) * tokens
         return Finished(tokens, lambda rows: np.copyto(rows, self.compact[first : first + tokens]))
 
     def unstaged(self, locations: Array) -> Finished:
@@ -122,8 +120,19 @@ class RouteTables:
         )
 
 
-def _tensor(array: Array) -> Any:
+def as_tensor(array: Array) -> Any:
+    """The array as SGLang has it: a tensor, where torch is installed."""
+    torch = _torch()
     return array if torch is None else torch.from_numpy(array)
+
+
+@functools.cache
+def _torch() -> Any:
+    """Torch where it is installed; it takes seconds to import, and not every user needs it."""
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        return None
 
 
 def response_with(routes: str | None, rid: str = "0" * 32) -> dict[str, Any]:
@@ -164,7 +173,7 @@ def native_view(tables: RouteTables, locations: Array, codec: Codec, step: Steps
         text = response["meta_info"]["routed_experts"].encode()
         return np.frombuffer(codec.decode(text), np.int32).reshape(-1, LAYERS, TOP_K)
 
-    rows = step("gather", tables.gather_int32, _tensor(locations))
+    rows = step("gather", tables.gather_int32, as_tensor(locations))
     response = through_sglang(rows, new_rid(), codec, step)
     view: Array = step("base64 decode, view", decode, response)
     return view
@@ -176,7 +185,7 @@ def arena_view(
     """Rows through the arena: reserve, copy, seal, the ticket's way through SGLang, open."""
 
     def issue(record: Any) -> Any:
-        return _tensor(np.frombuffer(bytearray(record.ticket), np.uint8))
+        return as_tensor(np.frombuffer(bytearray(record.ticket), np.uint8))
 
     def view_of(response: Mapping[str, Any]) -> Array:
         with shmroute.ShmRouteReader(response) as routes:

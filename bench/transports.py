@@ -1,0 +1,336 @@
+"""A record's rows from one process to others: the arena beside what a user would pick instead.
+
+    python bench/transports.py [--json PATH] [--quick]
+
+Records of 1, 12 and 60 MB (rows of Qwen3-30B-A3B: 48 MoE layers, top-8, one byte an id) go to 1, 2,
+4 and 8 readers, each a process of its own, through the arena, SGLang's and vLLM's own paths, Ray's
+object store, ``multiprocessing.shared_memory``, ``torch.multiprocessing``, and safetensors, Arrow
+and LMDB files in /dev/shm. `transport_ways`, `transport_files`, `transport_responses` and
+`transport_ray` say how each is used.
+
+Not run: Mooncake, whose package wants libibverbs of the system and listens on every interface, also
+for TCP within a node; NIXL, which moves registered memory between two agents and keeps no records.
+
+What is measured
+    - Producer: what its calling thread does for a record. SGLang's native path starts from rows
+      that lie at scattered places of an int32 table, as its scheduler does; all others from the
+      same rows in one piece, uint8, as they lie when a GPU has gathered them.
+    - Until an ndarray is there: from the producer's beginning until the last reader has it.
+      Until it is read: until the last has also read every byte of it; a mapped page is only
+      fetched then. Every reading is compared with the rows.
+    - Bytes copied: how often the record's bytes are written on the way, counted in what each
+      library does (``copied`` of each way), not measured.
+    - Memory: what producer, readers and the way's own processes take beyond before, at most,
+      of their own (`memory_watch`), and in shared memory. The record itself, where the producer
+      has it, is not in it.
+    - A killed reader: two hold a record, one gets SIGKILL. Can the other open the record once more,
+      do eight later ones reach it, what does the producer take for them, how much stays in shared
+      memory when the producer has given all back?
+
+How
+    All ways in turn, round by round; medians, and the spread of the middle half (the distance of
+    its ends, in percent of the median). Nothing is pinned to a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from memory_watch import MemoryWatch, trim
+from result_file import Row, exit_code, print_table, write
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from route_chains import ROUTES, RouteTables
+from transport_files import ArrowWay, LmdbWay, SafetensorsWay
+from transport_ray import RayWay
+from transport_readers import Readers, Reading, mark_of
+from transport_responses import SGLangWay, VllmWay
+from transport_ways import ArenaWay, Record, SharedMemoryWay, TorchWay, Way
+
+MS, MIB = 1e3, 1 / (1 << 20)
+HOLD_SECONDS = 0.05
+LAPS_AFTER_KILL = 8
+AFTER_KILL_SECONDS = 0.5  # trackers and servers notice a death
+RESULT = Path(__file__).parent / "results" / "transports.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Rounds for each size of record in MB, and the numbers of readers."""
+
+    rounds: dict[int, int]
+    readers: tuple[int, ...]
+    killed_at: int
+
+    def tokens(self, megabytes: int) -> int:
+        return megabytes * 1_000_000 // ROUTES.row_bytes
+
+    @property
+    def largest(self) -> int:
+        return self.tokens(max(self.rounds))
+
+
+FULL = Size({1: 40, 12: 15, 60: 7}, (1, 2, 4, 8), 12)
+QUICK = Size({1: 4}, (1, 2), 1)
+
+
+@dataclass(slots=True)
+class Laps:
+    """Seconds of every lap of one way, by what was timed."""
+
+    producer: list[float] = field(default_factory=list)
+    there: list[float] = field(default_factory=list)
+    through: list[float] = field(default_factory=list)
+
+
+class Records:
+    """Records of one engine, and what their readers must find."""
+
+    def __init__(self, tokens: int) -> None:
+        self._tables = RouteTables(tokens)
+        self._lap = 0
+
+    def next(self, tokens: int) -> Record:
+        """One that was not the last."""
+        self._lap += 1
+        first = self._lap % (len(self._tables.compact) // tokens) * tokens
+        rows = self._tables.compact[first : first + tokens]
+        return Record(rows, self._tables, self._tables.scattered(tokens))
+
+    @staticmethod
+    def mark(record: Record, way: Way[Any]) -> int:
+        if not way.native:
+            return mark_of(record.rows)
+        return mark_of(record.tables.compact[record.locations].astype(np.int32))
+
+
+class Bench:
+    """All ways, their readers, and the rows found."""
+
+    def __init__(self, size: Size, at_end: ExitStack, progress: Progress) -> None:
+        self._size, self._progress = size, progress
+        self._records = Records(size.largest)
+        self._readers = at_end.enter_context(closing(Readers(max(size.readers))))
+        self._ways = self._start(at_end)
+        self.rows: list[Row] = []
+
+    def _start(self, at_end: ExitStack) -> list[Way[Any]]:
+        largest, count = self._size.largest, max(self._size.readers)
+        starts: tuple[Callable[[], Way[Any]], ...] = (
+            lambda: ArenaWay(largest),
+            SharedMemoryWay,
+            TorchWay,
+            SafetensorsWay,
+            ArrowWay,
+            lambda: LmdbWay(largest * ROUTES.row_bytes),
+            lambda: RayWay(largest * ROUTES.row_bytes, count),
+            VllmWay,
+            SGLangWay,
+        )
+        return [at_end.enter_context(closing(start())) for start in starts]
+
+    def _readers_of(self, way: Way[Any]) -> Any:
+        return getattr(way, "readers", self._readers)
+
+    # -- times -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        for megabytes, rounds in self._size.rounds.items():
+            for count in self._size.readers:
+                self._time(megabytes, count, rounds)
+                task = self._progress.add_task("memory", total=len(self._ways))
+                for way in self._ways:
+                    self._memory(way, megabytes, count)
+                    self._progress.advance(task)
+        task = self._progress.add_task("killed readers", total=len(self._ways))
+        for way in self._ways:
+            self._kill(way, self._size.killed_at)
+            self._progress.advance(task)
+
+    def _time(self, megabytes: int, count: int, rounds: int) -> None:
+        tokens = self._size.tokens(megabytes)
+        laps = {way.name: Laps() for way in self._ways}
+        what = f"{megabytes} MB, {_readers(count)}"
+        task = self._progress.add_task(what, total=(rounds + 1) * len(self._ways))
+        gc.collect()
+        for lap in range(rounds + 1):
+            for way in self._ways:
+                into = laps[way.name] if lap else Laps()  # the first warms up
+                self._lap(way, self._records.next(tokens), count, into)
+                self._progress.advance(task)
+        for way in self._ways:
+            self.rows += _time_rows(f"{what}: {way.name}", laps[way.name])
+
+    def _lap(
+        self, way: Way[Any], record: Record, count: int, laps: Laps, readers: Any = None
+    ) -> None:
+        began = time.perf_counter()
+        locators = way.publish(record, count)
+        published = time.perf_counter()
+        readers = readers or self._readers_of(way)
+        readings = readers.read(way.name, locators)
+        _check(way, record, readings)
+        readers.drop(count)
+        way.retire()
+        laps.producer.append(published - began)
+        laps.there.append(max(reading.at for reading in readings) - began)
+        laps.through.append(max(reading.through for reading in readings) - began)
+
+    # -- bytes -----------------------------------------------------------------------------------
+
+    def _memory(self, way: Way[Any], megabytes: int, count: int) -> None:
+        """The most memory of one more lap, and the bytes copied in it."""
+        record = self._records.next(self._size.tokens(megabytes))
+        way.drain()
+        readers = self._readers_of(way)
+        readers.trim(count)
+        way.trim()
+        trim()
+        time.sleep(HOLD_SECONDS)
+        with MemoryWatch({os.getpid(), *readers.pids(count), *way.pids()}) as watch:
+            readings = readers.read(way.name, way.publish(record, count))
+            time.sleep(HOLD_SECONDS)
+        shared = way.shared_bytes()
+        _check(way, record, readings)
+        readers.drop(count)
+        way.retire()
+        what = f"{megabytes} MB, {_readers(count)}: {way.name}"
+        copied = sum(way.copied.values()) + count * sum(way.copied_each.values())
+        self._add(f"{what}: bytes copied, of the record's", copied, "x")
+        self._add(f"{what}: own memory at most", watch.most * MIB, "MiB")
+        self._add(f"{what}: shared memory", shared * MIB, "MiB")
+
+    # -- a killed reader -------------------------------------------------------------------------
+
+    def _kill(self, way: Way[Any], megabytes: int) -> None:
+        """Kill one of two readers that hold a record."""
+        tokens = self._size.tokens(megabytes)
+        way.drain()
+        empty = way.shared_bytes()
+        with ExitStack() as at_end:
+            readers = self._pair(way, at_end)
+            locators = way.publish(self._records.next(tokens), 2)
+            readers.read(way.name, locators)
+            readers.kill_first()
+            time.sleep(AFTER_KILL_SECONDS)
+            again = self._opens_again(way, readers, locators[1])
+            laps = Laps()
+            for _ in range(LAPS_AFTER_KILL):
+                self._lap(way, self._records.next(tokens), 1, laps, readers)
+            way.drain()
+            left = way.shared_bytes() - empty
+        what = f"a reader of two killed: {way.name}"
+        self._add(f"{what}: the other can open the record once more", again, "")
+        self._add(f"{what}: later records read", len(laps.through), "")
+        seconds = statistics.median(laps.producer)
+        self._add(f"{what}: producer, p50 of {LAPS_AFTER_KILL}", seconds * MS, "ms")
+        self._add(f"{what}: left in shared memory", left * MIB, "MiB")
+
+    def _pair(self, way: Way[Any], at_end: ExitStack) -> Any:
+        """Two readers, one of which may be killed."""
+        if isinstance(way, RayWay):
+            return way.readers
+        return at_end.enter_context(closing(Readers(2)))
+
+    def _opens_again(self, way: Way[Any], readers: Any, locator: Any) -> bool:
+        if way.gone_when_read:
+            return False
+        readers.drop(1)
+        try:
+            readers.read(way.name, [locator])
+        except FileNotFoundError:  # shared memory without its name
+            return False
+        finally:
+            readers.drop(1)
+        return True
+
+    def _add(self, name: str, value: float, unit: str) -> None:
+        self.rows.append(Row(name, _rounded(value), unit))
+
+
+def _check(way: Way[Any], record: Record, readings: Sequence[Reading]) -> None:
+    expected = Records.mark(record, way)
+    if any(reading.mark != expected for reading in readings):
+        raise AssertionError(f"{way.name} delivered other rows")
+
+
+def _time_rows(name: str, laps: Laps) -> Iterator[Row]:
+    for what, seconds in (
+        ("producer", laps.producer),
+        ("until an ndarray is there", laps.there),
+        ("until it is read", laps.through),
+    ):
+        median = statistics.median(seconds)
+        low, high = np.percentile(seconds, (25, 75))
+        yield Row(f"{name}: {what}, p50", _rounded(median * MS), "ms")
+        yield Row(f"{name}: {what}, spread", _rounded(100 * (high - low) / median), "%")
+
+
+def _readers(count: int) -> str:
+    return "1 reader" if count == 1 else f"{count} readers"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def run(size: Size, console: Console) -> list[Row]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress, ExitStack() as at_end:
+        bench = Bench(size, at_end, progress)
+        bench.run()
+    return bench.rows
+
+
+def _interrupted(number: int, _frame: Any) -> NoReturn:
+    """First Ctrl-C or SIGTERM: clean up. Further ones must not cut that short."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="the result file; default: bench/results/transports.json, with --quick none",
+    )
+    parser.add_argument("--quick", action="store_true", help="1 MB, two readers, under a minute")
+    options = parser.parse_args()
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _interrupted)
+    rows = run(QUICK if options.quick else FULL, Console(stderr=True))
+    print_table(rows, "transports")
+    path = options.json or (None if options.quick else RESULT)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, "transports", "python bench/transports.py" + " --quick" * options.quick, rows)
+    return exit_code(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
