@@ -6,10 +6,13 @@ import functools
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
@@ -17,6 +20,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     DeepseekV2Config,
@@ -507,6 +512,44 @@ def test_the_model_is_left_as_it_was(model, tokens) -> None:
         model(input_ids=tokens)
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# -- models that others have wrapped ------------------------------------------------------------
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_peft_model_is_replayed(model, tokens) -> None:
+    routes = other_routes(3)
+    with torch.no_grad(), replay_routes(model, routes):
+        logits = model(input_ids=tokens).logits
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad(), replay_routes(adapted, routes):
+        assert torch.equal(adapted(input_ids=tokens).logits, logits)
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_ddp_and_fsdp_models_are_replayed(model, tokens, process_group: None, wrap) -> None:
+    routes = other_routes(3)
+    with replay_routes(model, routes):
+        loss_of(model, tokens).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped = wrap(model)
+    with replay_routes(wrapped, routes):
+        loss = loss_of(wrapped, tokens)
+    loss.backward()
+    for parameter, before in zip(wrapped.parameters(), expected, strict=True):
+        grad = parameter.grad.full_tensor() if wrap is fully_shard else parameter.grad
+        torch.testing.assert_close(grad, before)
 
 
 # -- what does not fit --------------------------------------------------------------------------
