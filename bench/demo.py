@@ -1,6 +1,6 @@
 """shmroute in two minutes: a real SGLang server, and a trainer that reads its routes by rid.
 
-    make demo                      (or: python bench/demo.py [--quick] [--json PATH])
+    make demo                      (or: python bench/demo.py [--quick] [--json PATH] [--plot PATH])
 
 What happens
     1 A small random-weight MoE with a tokenizer is made, without a download.
@@ -12,9 +12,13 @@ What happens
     4 A part is sent again, one request at a time, first to this server and then to a plain
       SGLang server with native routes: the same batches, so that the rows must be the same.
       Here times and sizes are taken, with nothing else running.
-    5 Both servers end; nothing of the demo stays in /dev/shm, not after Ctrl-C either.
+    5 Before the first server ends, answers are sampled at temperature 1. A trainer process with
+      the same weights in transformers (``r3_trainer.py``) computes their log-probabilities twice,
+      with its own routing and with the engine's replayed, and compares both with the engine's.
+    6 Both servers end; nothing of the demo stays in /dev/shm, not after Ctrl-C either.
 
-The same figures go to ``demo-report.json``. The exit code is 1 if a promise was not kept.
+The same figures go to ``demo-report.json``, a picture of step 5 to ``demo-report.png``. The exit
+code is 1 if a promise was not kept.
 """
 
 from __future__ import annotations
@@ -37,6 +41,8 @@ import numpy as np
 import orjson
 import psutil
 import pybase64
+import r3_plot
+import r3_report
 from demo_report import Delivery, Figures, closing, result_rows, table
 from demo_rollouts import Conversation, Finished, make_conversations, one_by_one, together
 from demo_steps import Steps
@@ -48,6 +54,8 @@ from engine_process import (
     shared_memory_files,
 )
 from engine_setup import has_gpu
+from r3_metrics import Comparison
+from r3_process import sample_and_compare
 from result_file import exit_code, write
 from trainer_process import TrainerError, TrainerProcess
 
@@ -118,6 +126,7 @@ class Demo:
             "sending {} requests, one by one", server, again, lambda done: by_ticket(trainer, done)
         )
         counters, experts = self._counters(), trainer.experts()
+        replay = self._replay(server, model)
         with self.steps.step("ending it (SIGTERM)"):
             server.terminate()
             server.stop()
@@ -151,6 +160,7 @@ class Demo:
             expert_pairs=experts["pairs"],
             largest_ticket=max(one.route_bytes for one, _ in (*at_once, *alone)),
             left_in_shm=len(self.left_in_shm()),
+            replay=replay,
             where="on the GPU" if self.gpu else "on the CPU",
         )
 
@@ -169,6 +179,8 @@ class Demo:
                 # Small, since a CPU runs it; a GPU's kernels want more.
                 hidden=256 if self.gpu else 64,
                 expert_width=64 if self.gpu else 16,
+                # A power of two: the likeliest token stays the same.
+                logits_std=4.0,
             )
 
     def _make_conversations(self, model: Path) -> tuple[list[Conversation], list[Conversation]]:
@@ -237,6 +249,18 @@ class Demo:
 
             one_by_one(server.url, conversations, on_finished)
         return delivered
+
+    def _replay(self, server: ServerProcess, model: Path) -> Comparison:
+        requests, new_tokens = (8, 16) if self.quick else (24, 48)
+        return sample_and_compare(
+            self.steps,
+            server.url,
+            self.arena,
+            model,
+            requests=requests,
+            new_tokens=new_tokens,
+            seed=0,
+        )
 
     def _counters(self) -> dict[str, int]:
         reports = inspection.inspect_all(self.arena)
@@ -328,9 +352,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", default="demo-report.json", metavar="PATH", help="result file (%(default)s)"
     )
+    parser.add_argument(
+        "--plot", default="demo-report.png", metavar="PATH", help="picture (%(default)s)"
+    )
     arguments = parser.parse_args()
-    if not Path(arguments.json).absolute().parent.is_dir():
-        parser.error(f"--json {arguments.json}: there is no such folder")
+    for path in (arguments.json, arguments.plot):
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"{path}: there is no such folder")
     return arguments
 
 
@@ -359,10 +387,14 @@ def main() -> int:
             shutil.rmtree(demo.folder, ignore_errors=True)
     rows = result_rows(figures)
     write(arguments.json, "demo", " ".join(["python bench/demo.py", *sys.argv[1:]]), rows)
+    r3_plot.draw(arguments.plot, [figures.replay], f"Replay of {figures.model}")
     console.print()
     console.print(table(figures))
+    console.print(r3_report.layer_table([figures.replay]))
+    console.print(r3_report.table([figures.replay]))
     console.print(closing(figures, exit_code(rows) == 0))
-    console.print(f"{time.monotonic() - began:.0f} s in all; figures in {arguments.json}.")
+    seconds = time.monotonic() - began
+    console.print(f"{seconds:.0f} s in all; figures in {arguments.json}, {arguments.plot}.")
     return exit_code(rows)
 
 

@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import r3_report
+from r3_metrics import Comparison
 from result_file import Row
 from rich import box
 from rich.table import Table
@@ -66,6 +68,8 @@ class Figures:
         Of all (layer, expert) pairs, those that some row chose.
     left_in_shm
         Files of the demo in /dev/shm after its end.
+    replay
+        A trainer's routing and policy, without and with replay of the engine's routes.
     """
 
     layers: int
@@ -85,7 +89,15 @@ class Figures:
     expert_pairs: int
     largest_ticket: int
     left_in_shm: int
+    replay: Comparison
     where: str
+
+    @property
+    def model(self) -> str:
+        return (
+            f"a random MoE with {self.layers} layers, top-{self.top_k} of "
+            f"{self.num_experts} experts, {self.where}"
+        )
 
     @property
     def through_arena(self) -> list[Delivery]:
@@ -157,6 +169,7 @@ def result_rows(figures: Figures) -> list[Row]:
         Row("host bytes taken at start", figures.capacity, "B"),
         Row("host bytes taken at start, native, each rank", figures.native_table_bytes, "B"),
         Row("files left in /dev/shm", figures.left_in_shm, "files", 0, "max"),
+        *r3_report.result_rows([figures.replay]),
     ]
 
 
@@ -165,7 +178,7 @@ def table(figures: Figures) -> Table:
     alone, native = figures.alone, figures.native
     shown = Table(
         box=box.SIMPLE_HEAD,
-        title=f"Expert routes of {_model(figures)}",
+        title=f"Expert routes of {figures.model}",
         title_justify="left",
         pad_edge=False,
     )
@@ -254,14 +267,8 @@ def closing(figures: Figures, ok: bool) -> str:
         f"told only the request ids, read all {figures.rows_read:,} rows of expert routes from "
         "shared memory. Every row equals what SGLang itself recorded in the same forward, and "
         f"all {figures.compared:,} rows of the requests that were sent one by one equal what a "
-        "separate SGLang server without shmroute returned for them, bit for bit."
-    )
-
-
-def _model(figures: Figures) -> str:
-    return (
-        f"a random MoE with {figures.layers} layers, top-{figures.top_k} of "
-        f"{figures.num_experts} experts, {figures.where}"
+        "separate SGLang server without shmroute returned for them, bit for bit.\n"
+        f"{r3_report.closing([figures.replay])}"
     )
 
 

@@ -80,9 +80,14 @@ def qwen3_moe(
     hidden: int = 128,
     expert_width: int = 32,
     vocab: int = 1024,
+    logits_std: float = 1.0,
     seed: int = 0,
 ) -> Path:
-    """Write a Qwen3-MoE checkpoint (every layer is MoE) and return its folder."""
+    """Write a Qwen3-MoE checkpoint (every layer is MoE) and return its folder.
+
+    ``logits_std`` is the standard deviation of its logits, by a factor on the output matrix. With
+    1 each token of the vocabulary is about as likely as any other; trained models are more certain.
+    """
     config = Qwen3MoeConfig(
         **_common(hidden, layers, vocab),
         num_key_value_heads=2,
@@ -92,7 +97,7 @@ def qwen3_moe(
         moe_intermediate_size=expert_width,
         norm_topk_prob=True,
     )
-    return _save(Path(path), Qwen3MoeForCausalLM, config, seed)
+    return _save(Path(path), Qwen3MoeForCausalLM, config, seed, logits_std)
 
 
 def deepseek_v3(
@@ -164,11 +169,14 @@ def _common(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
     }
 
 
-def _save(path: Path, kind: type[PreTrainedModel], config: Any, seed: int) -> Path:
+def _save(
+    path: Path, kind: type[PreTrainedModel], config: Any, seed: int, logits_std: float = 1.0
+) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config)
         _spread(model)
+    model.get_output_embeddings().weight.data.mul_(logits_std)
     model.to(torch.bfloat16).save_pretrained(path)
     _tokenizer(config.vocab_size).save_pretrained(path)
     return path

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import result_file
@@ -16,33 +18,66 @@ pytestmark = pytest.mark.engine
 DEMO = Path(result_file.__file__).with_name("demo.py")
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Output, report and picture of a short run, and new files in ``/dev/shm`` after it."""
+
+    output: str
+    report: dict[str, Any]
+    picture: bytes
+    left: set[str]
+
+    def value(self, name: str) -> float:
+        return next(row["value"] for row in self.report["rows"] if row["name"] == name)
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, set[str]]:
-    """Output, report, and new files in ``/dev/shm`` of a short run."""
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Run:
     report = tmp_path_factory.mktemp("demo") / "report.json"
+    picture = report.with_suffix(".png")
     before = set(shared_memory_files())
-    command = [sys.executable, str(DEMO), "--quick", "--json", str(report)]
+    command = [sys.executable, str(DEMO), "--quick", "--json", str(report), "--plot", str(picture)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     new = set(shared_memory_files()) - before
     left = {name for name in new if "-demo-" in name or SGLANG_FILES.match(name)}
-    return done.stdout, json.loads(report.read_text()), left
+    return Run(done.stdout, json.loads(report.read_text()), picture.read_bytes(), left)
 
 
-def test_the_report_has_the_result_format_and_every_promise_kept(demo) -> None:
-    _, report, _ = demo
-    result_file.validate(report)
-    judged = [row for row in report["rows"] if "ok" in row]
+def test_the_report_has_the_result_format_and_every_promise_kept(demo: Run) -> None:
+    result_file.validate(demo.report)
+    judged = [row for row in demo.report["rows"] if "ok" in row]
     assert judged
     assert all(row["ok"] for row in judged)
 
 
-def test_the_table_says_that_every_row_equals_the_native_path(demo) -> None:
-    output, _, _ = demo
-    assert "rows equal to the native path" in output
-    assert output.count("100%") >= 2
+def test_the_table_says_that_every_row_equals_the_native_path(demo: Run) -> None:
+    assert "rows equal to the native path" in demo.output
+    assert demo.output.count("100%") >= 2
 
 
-def test_nothing_stays_in_shared_memory(demo) -> None:
-    _, _, left = demo
-    assert left == set()
+def test_replay_gives_every_router_the_rollouts_experts_and_lowers_kl(demo: Run) -> None:
+    layers = [
+        [
+            demo.value(f"layer {layer}: routers that choose another set, {way}")
+            for layer in range(12)
+        ]
+        for way in ("own routing", "replayed")
+    ]
+    assert all(share > 0 for share in layers[0])
+    assert not any(layers[1])
+    own, replayed = (
+        demo.value(f"KL(rollout || trainer), k3 estimator, {way}: mean")
+        for way in ("own routing", "replayed")
+    )
+    assert replayed < own
+    for kl in (own, replayed):
+        assert f"{kl:.2e}" in " ".join(demo.output.splitlines()[-4:])
+
+
+def test_the_picture_is_a_png(demo: Run) -> None:
+    assert demo.picture.startswith(b"\x89PNG\r\n")
+
+
+def test_nothing_stays_in_shared_memory(demo: Run) -> None:
+    assert demo.left == set()
