@@ -93,14 +93,12 @@ ARENA_RUNS = 8
 
 
 @contextmanager
-def scratch_arena(capacity: int, slots: int) -> Iterator[shmroute.Arena]:
+def scratch_arena(capacity: int, slots: int, name: str = "bench-store") -> Iterator[shmroute.Arena]:
     """An arena that is gone afterwards, whatever happened and whoever still has views.
 
     Without retention, so that after a SIGKILL the next run's arena removes it.
     """
-    arena = shmroute.Arena.create(
-        "bench-store", ROUTES, capacity=capacity, slots=slots, retention=0
-    )
+    arena = shmroute.Arena.create(name, ROUTES, capacity=capacity, slots=slots, retention=0)
     try:
         yield arena
     finally:
