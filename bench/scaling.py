@@ -17,8 +17,8 @@ What is measured
     - Records per second that one writer makes and takes back, with and without the copy.
 
 How
-    Medians; lengths and slots in turn, lap by lap. Nothing is pinned to a core. A cost counts as flat
-    up to the largest size at which no size so far took more than a quarter more than the first.
+    Medians; lengths and slots in turn, lap by lap. Nothing is pinned to a core. A cost counts as
+    flat up to the largest size at which no size so far took more than a quarter more than the first.
 
 Where it stops being flat, and why
     - Length: only the copy rises, with the bytes; everything else handles an extent as two numbers.
