@@ -16,6 +16,7 @@ import os
 import random
 import secrets
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 from actors import pattern
@@ -453,7 +454,9 @@ class StoreModel(RuleBasedStateMachine):
         assert not left
 
 
-def test_any_order_of_steps_is_as_the_model_says(fork_server: ForkServer) -> None:
+def test_any_order_of_steps_is_as_the_model_says(
+    fork_server: ForkServer, record_property: Callable[[str, int], None]
+) -> None:
     examples, seen = EXAMPLES or EXAMPLES_OF_MAKE_TEST, Counter[str]()
     print(f"seed {SEED}, {examples} examples of up to {STEPS} steps")
     machine = seed(SEED)(lambda: StoreModel(fork_server, seen))
@@ -471,4 +474,5 @@ def test_any_order_of_steps_is_as_the_model_says(fork_server: ForkServer) -> Non
     )
     for what, count in sorted(seen.items()):
         print(f"{count:7} {what}")
+        record_property(what, count)
     assert [what for what in MUST_BE_SEEN if not seen[what]] == []
