@@ -149,18 +149,22 @@ def _has(case: ElementTree.Element, what: str) -> bool:
     return case.find(what) is not None
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     described = "; ".join(f"{name}: {one.about}" for name, one in CAMPAIGNS.items())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "campaigns", nargs="*", choices=[*CAMPAIGNS], metavar="CAMPAIGN", help=described
+        "campaigns", nargs="*", metavar="CAMPAIGN", help=f"default: all; {described}"
     )
     parser.add_argument("--seed", type=int, default=None, help="of the examples; default: random")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result file")
     parser.add_argument("--quick", action="store_true", help="as many examples as make test takes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    # Of nothing, argparse says that it is none of the choices.
+    unknown = [name for name in options.campaigns if name not in CAMPAIGNS]
+    if unknown:
+        parser.error(f"no such campaign: {', '.join(unknown)}; there are {', '.join(CAMPAIGNS)}")
     if options.json and not options.json.absolute().parent.is_dir():
         parser.error(f"--json {options.json}: there is no such folder")
     if options.seed is None:

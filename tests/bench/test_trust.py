@@ -37,3 +37,11 @@ def test_cases_and_what_they_counted_are_figures(rows_of) -> None:
 def test_a_failed_case_and_an_empty_campaign_miss_their_budget(rows_of) -> None:
     assert rows_of("def test_one(): assert 0\n")["cases that failed"].ok is False
     assert rows_of("")["cases"].ok is False
+
+
+def test_no_campaign_means_all_and_an_unknown_one_is_named(capsys) -> None:
+    assert trust._arguments([]).campaigns == []
+    assert trust._arguments(["model", "hostile"]).campaigns == ["model", "hostile"]
+    with pytest.raises(SystemExit):
+        trust._arguments(["modell"])
+    assert "modell" in capsys.readouterr().err
