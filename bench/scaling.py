@@ -18,7 +18,8 @@ What is measured
 
 How
     Medians; lengths and slots in turn, lap by lap. Nothing is pinned to a core. A cost counts as
-    flat up to the largest size at which no size so far took more than a quarter more than the first.
+    flat up to the last size before the first at which it is more than a quarter above where it
+    began.
 
 Where it stops being flat, and why
     - Length: only the copy rises, with the bytes; everything else handles an extent as two numbers.
