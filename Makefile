@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
 VENV := .venv/bin/python
 TOOLS := .venv/environment/bin
 
-.PHONY: setup demo demo-r3 test test-fast lint bench-store bench-engine bench-transports bench-scaling clean
+.PHONY: setup demo demo-r3 test test-fast lint bench-store bench-engine bench-transports bench-scaling bench-memory clean
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: no Python found; install python3.11" >&2; exit 1; }
@@ -39,6 +39,9 @@ bench-transports: setup
 
 bench-scaling: setup
 	$(VENV) bench/scaling.py
+
+bench-memory: setup
+	$(VENV) bench/memory_overhead.py
 
 clean:
 	rm -rf .venv build dist *.egg-info sglang_bridge/cpu_platform/*.egg-info

@@ -20,7 +20,7 @@ FIELDS = ("VmRSS", "VmHWM", "RssAnon", "RssShmem", "VmLck", "VmPin")
 
 
 def of_process(pid: int) -> dict[str, Any]:
-    """Bytes by field of /proc/PID/status, the proportional set size, and what it runs."""
+    """Bytes by field of /proc/PID/status, proportional (Pss) and private (Uss) ones, its name."""
     found: dict[str, Any] = {}
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -30,6 +30,8 @@ def of_process(pid: int) -> dict[str, Any]:
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
                 found["Pss"] = int(line.split()[1]) * 1024
+            elif line.startswith("Private_"):
+                found["Uss"] = found.get("Uss", 0) + int(line.split()[1]) * 1024
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         found["runs"] = words[0].decode(errors="replace").rpartition("/")[2]
     return found
@@ -41,8 +43,8 @@ def of_engine(arena: str | None) -> dict[str, Any]:
     return {
         "main": of_process(psutil.Process().pid),
         "children": [of_process(pid) for pid in children],
-        "gpu_used": _gpu_used_if_any(),
-        "arena": _of_arena(arena) if arena else {},
+        "gpu_used": gpu_used_if_any(),
+        "arena": of_arena(arena) if arena else {},
     }
 
 
@@ -60,7 +62,8 @@ def counters(arena: str) -> dict[str, int]:
     return {}
 
 
-def _of_arena(arena: str) -> dict[str, Any]:
+def of_arena(arena: str) -> dict[str, Any]:
+    """Bytes that the live arena of this name takes, has in use, and that its route table takes."""
     reports = [report for report in inspection.inspect_all(arena) if report.counters]
     if not reports:
         return {}
@@ -86,7 +89,8 @@ def gpu_used() -> int:
     return int(done.stdout.split()[0]) << 20
 
 
-def _gpu_used_if_any() -> int | None:
+def gpu_used_if_any() -> int | None:
+    """`gpu_used`, None where there is no GPU."""
     try:
         return gpu_used()
     except (OSError, subprocess.SubprocessError):

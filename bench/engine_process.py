@@ -127,6 +127,7 @@ class ServerProcess:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.start_seconds = 0.0
+        self._began = 0.0
         self._log_path = log
         self._own_log = log is None
         self._child: subprocess.Popen[bytes] | None = None
@@ -165,12 +166,17 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start the server and wait until it has generated a token."""
+        self.launch()
+        self.finish_start()
+
+    def launch(self) -> None:
+        """Start the server's processes; `finish_start` waits for them."""
         self._before = set(shared_memory_files().values())
         if self._log_path is None:
             handle, name = tempfile.mkstemp(prefix="sglang-", suffix=".log")
             os.close(handle)
             self._log_path = Path(name)
-        began = time.monotonic()
+        self._began = time.monotonic()
         with self._log_path.open("wb") as output:
             self._child = subprocess.Popen(
                 self.command(),
@@ -180,12 +186,15 @@ class ServerProcess:
                 env={**os.environ, **self.env, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
+
+    def finish_start(self) -> None:
+        """Wait until a server that was launched has generated a token."""
         try:
-            self.wait_ready(began + self.timeout)
+            self.wait_ready(self._began + self.timeout)
         except BaseException:
             self.stop(keep_log=True)
             raise
-        self.start_seconds = time.monotonic() - began
+        self.start_seconds = time.monotonic() - self._began
 
     def wait_ready(self, deadline: float) -> None:
         """Return once it serves; raises EngineStartError when it ends or ``deadline`` passes."""

@@ -54,13 +54,24 @@ class Memory:
     private: int
     proportional: int
 
+    def beyond(self, before: Memory) -> Memory:
+        """What it has more than before."""
+        return Memory(self.private - before.private, self.proportional - before.proportional)
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a rank took: seconds, and at its most memory the bytes that it had grown by."""
+    """What a rank took: seconds, and the bytes that it had grown by.
+
+    Attributes
+    ----------
+    grown, held
+        At its most memory, and when it has the packed batch and nothing else.
+    """
 
     seconds: float
     grown: Memory
+    held: Memory
 
 
 # -- the ways ------------------------------------------------------------------------------------
@@ -185,12 +196,15 @@ def _serve(parent: Connection, together: Barrier, batch: Batch) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
         while True:
             way, afresh = parent.recv()
-            if afresh:
-                _LIBC.malloc_trim(0)
-            parent.send(_read(way, together, batch))
+            parent.send(_read(way, together, batch, afresh))
 
 
-def _read(way: Way, together: Barrier, batch: Batch) -> Reading:
+def _read(way: Way, together: Barrier, batch: Batch, afresh: bool) -> Reading:
+    def give_back() -> None:
+        if afresh:
+            _LIBC.malloc_trim(0)
+
+    give_back()
     before = _memory()
     most = before
     spent = 0.0
@@ -205,10 +219,14 @@ def _read(way: Way, together: Barrier, batch: Batch) -> Reading:
 
     together.wait(_SECONDS)
     began = time.perf_counter()
-    _WAYS[way](batch, at_most)
+    packed = _WAYS[way](batch, at_most)
     seconds = time.perf_counter() - began - spent
-    grown = Memory(most.private - before.private, most.proportional - before.proportional)
-    return Reading(seconds, grown)
+    give_back()
+    together.wait(_SECONDS)
+    held = _memory()
+    together.wait(_SECONDS)
+    del packed
+    return Reading(seconds, most.beyond(before), held.beyond(before))
 
 
 def _memory() -> Memory:

@@ -1,0 +1,58 @@
+"""Memory of a real engine three ways is read, per process and per row. Three engine starts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import result_file
+from engine_process import shared_memory_files
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def short(start_bench, tmp_path_factory):
+    """The result of a short run, by name, and what it left in shared memory."""
+    result = tmp_path_factory.mktemp("memory") / "memory.json"
+    before = set(shared_memory_files())
+    process = start_bench("memory_overhead.py", "bench-memory-", "--quick", "--json", str(result))
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    written = json.loads(result.read_text())
+    result_file.validate(written)
+    left = {name for name in set(shared_memory_files()) - before if "bench-memory-" in name}
+    return {row["name"]: row["value"] for row in written["rows"]}, left
+
+
+@pytest.mark.parametrize("way", ["off", "native", "arena"])
+def test_every_process_of_an_engine_is_read(short, way):
+    figures, _ = short
+    for role in ("HTTP server", "scheduler", "detokenizer"):
+        assert 0 < figures[f"{way}: {role}: USS"] <= figures[f"{way}: {role}: resident at most"]
+    total = figures[f"{way}: all processes: PSS"]
+    assert total >= figures[f"{way}: all processes: USS"] > 0
+
+
+def test_a_row_costs_the_arena_little_more_than_its_ids(short):
+    figures, _ = short
+    rows = next(value for name, value in figures.items() if "arena in use a row" in name)
+    assert figures["floor: bytes a row"] < rows < 1.02 * figures["floor: bytes a row"]
+
+
+def test_responses_carry_tickets_instead_of_rows(short):
+    figures, _ = short
+    texts = {name.partition(":")[0]: figures[name] for name in figures if "response text" in name}
+    assert texts["native"] == 2048
+    assert texts["arena"] < 10
+
+
+def test_trainer_ranks_are_read(short):
+    figures, _ = short
+    for kind in ("native", "native, one by one", "as stored", "int32"):
+        assert figures[f"2 ranks, {kind}: bytes a row, records and ranks"] > 0
+
+
+def test_nothing_stays_in_shared_memory(short):
+    _, left = short
+    assert left == set()
