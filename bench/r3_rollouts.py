@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-from small_models import SPECIAL_TOKENS, shape_of
 
 REQUEST_TIMEOUT = 600.0
 PROMPT_TOKENS = (16, 64)
@@ -43,6 +42,9 @@ class Rollout:
 
 def make_prompts(model: Path, count: int, seed: int) -> list[list[int]]:
     """``count`` prompts of ordinary tokens, `PROMPT_TOKENS` of them each."""
+    # torch and transformers take seconds to import.
+    from small_models import SPECIAL_TOKENS, shape_of
+
     chance = np.random.default_rng(seed)
     vocab = shape_of(model).vocab_size
     lengths = chance.integers(*PROMPT_TOKENS, size=count, endpoint=True)
