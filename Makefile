@@ -32,7 +32,7 @@ bench-store: setup
 	$(VENV) bench/store.py
 
 bench-engine: setup
-	$(VENV) bench/engine.py throughput itl latency memory --trace --json engine-report.json
+	$(VENV) bench/engine.py throughput itl latency memory turns --trace --json engine-report.json
 
 bench-transports: setup
 	$(VENV) bench/transports.py

@@ -1,6 +1,6 @@
 """End to end on the real engine: what routes cost it, and how they reach a trainer.
 
-    python bench/engine.py throughput itl latency memory --json PATH [--quick] [--trace]
+    python bench/engine.py throughput itl latency memory turns --json PATH [--quick] [--trace]
     python bench/engine.py steady --json PATH
 
 Engines of three configurations (``engine_setup``) are started one after the other, in turns,
@@ -13,6 +13,8 @@ each in a process of its own that runs every block asked for:
     latency      from the last token's response to the rows in a trainer process, and on its
                  GPU, at 1K, 8K and 32K tokens, alone and with 64 streams beside
     memory       of every process, the GPU and the arena, 160 records held
+    turns        conversations of four turns, each turn's prompt being all before it: rows of the
+                 whole prompt, and with ``routed_experts_start_len`` only those that are new
     steady       320 requests of many lengths, finishes spread out; with prefill CUDA graphs
 
 With a GPU: Qwen3-30B-A3B's dimensions, random weights; an engine takes about a minute to start,
@@ -48,7 +50,7 @@ from result_file import exit_code, print_table, write
 
 import shmroute
 
-BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "steady")
+BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "turns", "steady")
 WORKER = Path(__file__).with_name("engine_worker.py")
 START_SECONDS = 240.0
 END_SECONDS = 10.0  # what killing an engine and writing the figures takes

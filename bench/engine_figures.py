@@ -62,8 +62,8 @@ def result_rows(runs: Sequence[Run]) -> list[Row]:
     """All figures that these runs allow."""
     figures = Figures(runs)
     for part in (
-        _starts, _throughput, _steady, _inter_token, _latency, _bytes, _memory, _counters, _hooks,
-        _finishes,
+        _starts, _throughput, _turns, _steady, _inter_token, _latency, _bytes, _memory, _counters,
+        _hooks, _finishes,
     ):  # fmt: skip
         part(figures)
     return figures.rows
@@ -86,6 +86,27 @@ def _throughput(figures: Figures) -> None:
         rates = [load["tokens_per_second"] for load in figures.loads(name, "unasked")]
         if rates:
             figures.add(f"{name}, nobody asks: output", statistics.median(rates), "tok/s")
+
+
+def _turns(figures: Figures) -> None:
+    """Each configuration with all rows of every turn, and with those that are new to it."""
+    off = [load["tokens_per_second"] for load in figures.loads("off", "turns")]
+    for name in CONFIGURATIONS:
+        for deltas, how in ((False, ""), (True, " with start_len")):
+            loads = [load for load in figures.loads(name, "turns") if load["deltas"] == deltas]
+            if not loads:
+                continue
+            rates = [load["tokens_per_second"] for load in loads]
+            what = f"{name}{how}, several turns"
+            figures.add(f"{what}: output", statistics.median(rates), "tok/s")
+            figures.add(f"{what}: spread of {len(rates)}", _spread(rates), "%")
+            if name != "off":
+                sizes = loads[0]["route_bytes"]
+                figures.add(f"{what}: response bytes for routes, all turns", sum(sizes), "B")
+                figures.add(f"{what}: the same, last turn", sizes[-1], "B")
+            if name != "off" and off:
+                share = 100 * statistics.median(rates) / statistics.median(off)
+                figures.add(f"{what}: output / off", share, "%")
 
 
 def _steady(figures: Figures) -> None:

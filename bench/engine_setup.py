@@ -88,6 +88,16 @@ class LongFinishes:
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """Conversations that go on together: tokens that each turn's prompt and answer add."""
+
+    conversations: int
+    turns: int
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scale:
     """Sizes of every load on one kind of machine."""
 
@@ -98,6 +108,7 @@ class Scale:
     streams: int
     finishes: tuple[tuple[LongFinishes, int], ...]  # and how often each is run
     settle_seconds: float
+    turns: Turns
     steady_requests: int
     latency_prompts: tuple[tuple[str, int], ...]
     latency_repeats: int
@@ -117,6 +128,7 @@ GPU = Scale(
         (LongFinishes("32K", 32_728, ((40,), (40, 40, 40, 40)), 64, 260), 1),
     ),
     settle_seconds=0.1,
+    turns=Turns(conversations=32, turns=4, prompt=896, output=128),
     steady_requests=320,
     latency_prompts=(("1K", 1008), ("8K", 8176), ("32K", 32_752)),
     latency_repeats=6,
@@ -146,6 +158,7 @@ CPU = Scale(
         (LongFinishes("900", 900, ((8,), (8, 8)), 12, 70), 1),
     ),
     settle_seconds=0.02,
+    turns=Turns(conversations=3, turns=3, prompt=30, output=6),
     steady_requests=12,
     latency_prompts=(("100", 92), ("1K", 1000)),
     latency_repeats=4,

@@ -22,7 +22,7 @@ import engine_trace
 import numpy as np
 from engine_setup import dimensions, engine_arguments, scale_for
 from engine_trainer import TrainerProcess
-from engine_workloads import Load, inter_token, latency, steady, throughput, warm_up
+from engine_workloads import Load, inter_token, latency, several_turns, steady, throughput, warm_up
 
 CHECKED_RECORDS = 8
 
@@ -63,12 +63,12 @@ class TakenRoutes:
         self.keep = False
         self._kept: list[str] = []
 
-    def take(self, outputs: Iterable[dict[str, Any]]) -> None:
+    def take(self, outputs: Iterable[dict[str, Any]], start: int = 0) -> None:
         metas = [output["meta_info"] for output in outputs]
         for meta in metas[:CHECKED_RECORDS]:
-            self._check(meta)
+            self._check(meta, start)
         self.responses += len(metas)
-        self.rows += sum(map(_expected_rows, metas))
+        self.rows += sum(_expected_rows(meta, start) for meta in metas)
         if self._arena:
             self._kept += [meta["routed_experts"] for meta in metas]
             if not self.keep:
@@ -81,19 +81,19 @@ class TakenRoutes:
             shmroute.release(self._kept)
             self._kept.clear()
 
-    def _check(self, meta: dict[str, Any]) -> None:
+    def _check(self, meta: dict[str, Any], start: int) -> None:
         if self._arena:
             from shmroute import ShmRouteReader
 
             with ShmRouteReader(meta) as routes:
                 if not routes.complete:
                     raise AssertionError(f"rows {routes.missing} are missing")
-                self._check_rows(routes.numpy(), _expected_rows(meta))
+                self._check_rows(routes.numpy(), _expected_rows(meta, start))
         elif self._native:
             import pybase64
 
             ids = np.frombuffer(pybase64.b64decode(meta["routed_experts"]), dtype=np.int32)
-            self._check_rows(ids.reshape(self._shape), _expected_rows(meta))
+            self._check_rows(ids.reshape(self._shape), _expected_rows(meta, start))
         self.checked += 1
 
     def _check_rows(self, rows: Any, expected: int) -> None:
@@ -116,8 +116,8 @@ def _engine_class(*, bridge: bool) -> Any:
     return Engine
 
 
-def _expected_rows(meta: dict[str, Any]) -> int:
-    return int(meta["prompt_tokens"] + meta["completion_tokens"] - 1)
+def _expected_rows(meta: dict[str, Any], start: int) -> int:
+    return int(meta["prompt_tokens"] + meta["completion_tokens"] - 1 - start)
 
 
 class Worker:
@@ -205,6 +205,11 @@ class Worker:
 
     def _steady(self, load: Load, routes: TakenRoutes) -> None:
         self._add("steady", steady(load), routes)
+
+    def _turns(self, load: Load, routes: TakenRoutes) -> None:
+        for _ in range(self._scale.throughput_runs):
+            for deltas in (False, True) if self._asks else (False,):
+                self._add("turns", several_turns(load, deltas=deltas), routes)
 
     def _latency(self, load: Load, routes: TakenRoutes) -> None:
         places = ("host", "cuda") if self._spec.gpu else ("host",)

@@ -26,7 +26,8 @@ WARM_TOKENS = 16
 class Routes(Protocol):
     """Takes the routes out of finished responses."""
 
-    def take(self, outputs: Iterable[dict[str, Any]]) -> None: ...
+    def take(self, outputs: Iterable[dict[str, Any]], start: int = 0) -> None:
+        """``start``: the first token whose row was asked for."""
 
 
 @dataclass(slots=True)
@@ -66,11 +67,18 @@ class Load:
     ) -> tuple[float, list[dict[str, Any]]]:
         """Send requests at once; seconds until the last is answered, and the answers."""
         self.engine.flush_cache()
+        return self.send(prompts, outputs, asks)
+
+    def send(
+        self, prompts: Sequence[Sequence[int]], outputs: Sequence[int], asks: bool, start: int = 0
+    ) -> tuple[float, list[dict[str, Any]]]:
+        """`batch` with what the cache holds; rows from token ``start`` on are asked for."""
         began = time.perf_counter()
         answers = self.engine.generate(
             input_ids=list(prompts),
             sampling_params=[_sampling(count) for count in outputs],
             return_routed_experts=asks,
+            routed_experts_start_len=start,
         )
         return time.perf_counter() - began, answers
 
@@ -138,6 +146,37 @@ def steady(load: Load) -> dict[str, Any]:
     scale, count = load.scale, load.scale.steady_requests
     outputs = np.random.default_rng(11).integers(scale.output // 2, scale.output * 3 // 2, count)
     return _timed_batch(load, load.prompts(count, scale.prompt), list(map(int, outputs)), load.asks)
+
+
+def several_turns(load: Load, *, deltas: bool) -> dict[str, Any]:
+    """Conversations, all at once; each turn's prompt is everything before it and something new.
+
+    Every turn asks for the rows of its whole prompt, or with ``deltas`` for those that no former
+    turn could have: from the last token of the former turn on.
+    """
+    scale = load.scale.turns
+    load.engine.flush_cache()
+    conversations: list[list[int]] = [[] for _ in range(scale.conversations)]
+    seconds, sizes = 0.0, []
+    for _ in range(scale.turns):
+        start = max(0, len(conversations[0]) - 1) if deltas else 0
+        added = load.prompts(scale.conversations, scale.prompt)
+        prompts = [old + new for old, new in zip(conversations, added, strict=True)]
+        outputs = [scale.output] * scale.conversations
+        took, answers = load.send(prompts, outputs, load.asks, start)
+        seconds += took
+        if load.asks:
+            load.routes.take(answers, start)
+        sizes.append(route_bytes(answers[0]))
+        conversations = [
+            prompt + answer["output_ids"] for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    tokens = scale.conversations * scale.turns * scale.output
+    return {
+        "deltas": deltas,
+        "tokens_per_second": tokens / seconds,
+        "route_bytes": sizes,
+    }
 
 
 def _timed_batch(
