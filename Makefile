@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
 VENV := .venv/bin/python
 TOOLS := .venv/environment/bin
 
-.PHONY: setup demo demo-r3 test test-fast lint bench-store bench-engine bench-transports bench-scaling bench-memory clean
+.PHONY: setup demo demo-r3 test test-fast lint bench-store bench-engine bench-transports bench-scaling bench-memory report clean
 
 setup:
 	@test -n "$(PYTHON)" || { echo "make: no Python found; install python3.11" >&2; exit 1; }
@@ -42,6 +42,9 @@ bench-scaling: setup
 
 bench-memory: setup
 	$(VENV) bench/memory_overhead.py
+
+report: setup
+	$(VENV) bench/report.py
 
 clean:
 	rm -rf .venv build dist *.egg-info sglang_bridge/cpu_platform/*.egg-info

@@ -124,10 +124,10 @@ def print_table(rows: Sequence[Row], title: str | None = None) -> None:
         table.add_column(heading, justify="right" if heading != "unit" else "left")
     for row in rows:
         sign = "" if row.budget is None else f"{'<=' if row.sense == 'max' else '>='} "
-        budget = "" if row.budget is None else f"{sign}{_figure(row.budget)}"
+        budget = "" if row.budget is None else f"{sign}{formatted(row.budget)}"
         verdict = {None: "", True: "yes", False: "NO"}[row.ok]
         style = "red" if row.ok is False else None
-        table.add_row(row.name, _figure(row.value), row.unit, budget, verdict, style=style)
+        table.add_row(row.name, formatted(row.value), row.unit, budget, verdict, style=style)
     Console().print(table)
 
 
@@ -136,7 +136,7 @@ def exit_code(rows: Sequence[Row]) -> int:
     return int(any(row.ok is False for row in rows))
 
 
-def _figure(value: float) -> str:
+def formatted(value: float) -> str:
     """Four significant digits, without an exponent for what people read."""
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
