@@ -207,7 +207,7 @@ def readme_part(results: Results) -> str:
             "\n![time until eight readers have a record, by its size, nine ways]"
             "(bench/results/transports.svg)\n"
         )
-    page = "\n[bench/RESULTS.md](bench/RESULTS.md) has every figure, its command, machine and commit.\n"
+    page = "\n[All results](bench/RESULTS.md), with their commands, machines and commits.\n"
     return f"{BEGIN}\n{table}{plot}{page}\n{END}"
 
 
