@@ -3,9 +3,8 @@
     python bench/memory_watch.py PID [PID ...]
 
 Runs as a process of its own: in the one that works, a watching thread would wait for the
-interpreter just when most is taken. ``RssAnon`` of every process is read and added up as often as
-that goes, a few thousand times a second; shared memory is not in it, and a process that has ended
-counts nothing. One line with the sum at the beginning goes out at once, one with the most when
+interpreter just when most is taken. ``RssAnon`` of every process is read and added up a thousand
+times a second; shared memory is not in it, and a process that has ended counts nothing. One line with the sum at the beginning goes out at once, one with the most when
 stdin ends.
 """
 
@@ -22,6 +21,7 @@ from collections.abc import Iterable
 
 from crash_processes import end_with
 
+PAUSE = 0.001  # seconds
 _LIBC = ctypes.CDLL(None)
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     end_with(parent)
     most = sum(map(own_bytes, pids))
     print(most, flush=True)
-    while not select.select([sys.stdin], [], [], 0)[0]:
+    while not select.select([sys.stdin], [], [], PAUSE)[0]:
         most = max(most, sum(map(own_bytes, pids)))
     print(most, flush=True)
 
