@@ -4,8 +4,8 @@
 
 Runs as a process of its own: in the one that works, a watching thread would wait for the
 interpreter just when most is taken. ``RssAnon`` of every process is read and added up a thousand
-times a second; shared memory is not in it, and a process that has ended counts nothing. One line with the sum at the beginning goes out at once, one with the most when
-stdin ends.
+times a second; shared memory is not in it, and a process that has ended counts nothing. One line
+with the sum at the beginning goes out at once, one with the most when stdin ends.
 """
 
 from __future__ import annotations

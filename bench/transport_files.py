@@ -10,13 +10,16 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from route_chains import LAYERS, TOP_K, new_rid
 from transport_ways import Array, Opener, Record, Way
 
 SHM = Path("/dev/shm")
+MAPPED_RECORDS = 16  # of the largest; what a killed reader holds is not used again
+
+LmdbLocator: TypeAlias = tuple[str, int, bytes]  # folder, bytes to map, key
 
 
 def _folder() -> tempfile.TemporaryDirectory[str]:
@@ -117,7 +120,7 @@ class ArrowOpener(Opener[str]):
         return rows.reshape(-1, LAYERS, TOP_K)
 
 
-class LmdbWay(Way[tuple[str, bytes]]):
+class LmdbWay(Way[LmdbLocator]):
     """LMDB with ``writemap`` and without syncing: a value is written straight into the map."""
 
     name = "LMDB"
@@ -128,9 +131,10 @@ class LmdbWay(Way[tuple[str, bytes]]):
 
         self._made = _folder()
         self._folder = self._made.name
+        self._map_bytes = MAPPED_RECORDS * largest_bytes
         self._environment: Any = lmdb.open(
             self._folder,
-            map_size=16 * largest_bytes,
+            map_size=self._map_bytes,
             writemap=True,
             sync=False,
             metasync=False,
@@ -139,12 +143,12 @@ class LmdbWay(Way[tuple[str, bytes]]):
         )
         self._keys: list[bytes] = []
 
-    def publish(self, record: Record, readers: int) -> Sequence[tuple[str, bytes]]:
+    def publish(self, record: Record, readers: int) -> Sequence[LmdbLocator]:
         key = new_rid().encode()
         with self._environment.begin(write=True) as transaction:
             transaction.put(key, record.rows)
         self._keys.append(key)
-        return [(self._folder, key)] * readers
+        return [(self._folder, self._map_bytes, key)] * readers
 
     def retire(self) -> None:
         with self._environment.begin(write=True) as transaction:
@@ -161,18 +165,18 @@ class LmdbWay(Way[tuple[str, bytes]]):
         self._made.cleanup()
 
 
-class LmdbOpener(Opener[tuple[str, bytes]]):
+class LmdbOpener(Opener[LmdbLocator]):
     """A read transaction, which keeps the value's pages from being used again."""
 
     def __init__(self) -> None:
         self._environment: Any = None
 
-    def open(self, locator: tuple[str, bytes]) -> Array:
-        folder, key = locator
+    def open(self, locator: LmdbLocator) -> Array:
+        folder, map_bytes, key = locator
         if self._environment is None:
             import lmdb
 
-            self._environment = lmdb.open(folder, readonly=True, max_readers=64)
+            self._environment = lmdb.open(folder, map_size=map_bytes, readonly=True, max_readers=64)
         self._transaction = self._environment.begin(buffers=True)
         value = self._transaction.get(key)
         if value is None:
