@@ -40,6 +40,7 @@ class RayWay(Way[Any]):
         self._ray = ray
         self._folder = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
         ray.init(
+            "local",  # never a cluster that somebody else has started
             num_cpus=1,
             object_store_memory=max(128 << 20, 6 * largest_bytes),
             include_dashboard=False,
