@@ -149,14 +149,7 @@ def summary(results: Results) -> Iterator[tuple[str, ...]]:
         what = "until an ndarray is there"
         yield _transport(transports, "12 MB, 8 readers", what, "until all have an ndarray")
     if memory:
-        floor = formatted(memory.value("floor: bytes a row"))
-        yield (
-            f"host bytes for each row in flight, 8 trainer ranks, at most (a row is {floor} B)",
-            _value({"value": memory.value("8 ranks, as stored: the same at most"), "unit": "B"}),
-            _value({"value": memory.value("8 ranks, native: the same at most"), "unit": "B"}),
-            "",
-            *_origin(memory),
-        )
+        yield _memory(memory)
     yield from _output(results)
 
 
@@ -171,6 +164,21 @@ def _transport(result: Result, load: str, measured: str, shown: str) -> tuple[st
         f"{formatted(arena)} ms",
         f"{formatted(native)} ms",
         f"{formatted(values[best])} ms, {best}",
+        *_origin(result),
+    )
+
+
+def _memory(result: Result) -> tuple[str, ...]:
+    arena, native, lean = (
+        formatted(result.value(f"8 ranks, {way}: the same at most"))
+        for way in ("as stored", "native", "native, one by one")
+    )
+    floor = formatted(result.value("floor: bytes a row"))
+    return (
+        f"host bytes for each row in flight, 8 trainer ranks, at most (a row is {floor} B)",
+        f"{arena} B",
+        f"{native} B",
+        f"{lean} B, native decoded sample by sample",
         *_origin(result),
     )
 

@@ -16,7 +16,9 @@ matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "shmroute", "fon
 from matplotlib import pyplot  # noqa: E402 (the backend comes first)
 
 SIZE = (7.2, 3.4)
-ARENA, OTHERS = "tab:blue", "0.55"
+ARENA, FLOOR = "tab:blue", "0.55"
+OTHERS = ("tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
+          "tab:cyan")  # fmt: skip
 MARKS = "os^Dv<>ph"
 
 
@@ -89,12 +91,16 @@ def _lines(
     floor: float | None = None,
 ) -> None:
     figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+    others = iter(OTHERS)
     for (name, points), mark in zip(lines.items(), MARKS, strict=False):
-        arena = name.startswith("arena")
-        style: dict[str, Any] = {"color": ARENA, "linewidth": 2} if arena else {"linewidth": 1}
+        style: dict[str, Any] = {"color": ARENA, "linewidth": 2, "linestyle": "-"}
+        if not name.startswith("arena"):
+            style = {"color": next(others), "linewidth": 1}
+        elif name != "arena":
+            style["linestyle"] = ":"
         axes.plot(list(points), list(points.values()), marker=mark, label=name, **style)
     if floor is not None:
-        axes.axhline(floor, color=OTHERS, linestyle="--", linewidth=1, label="floor")
+        axes.axhline(floor, color=FLOOR, linestyle="--", linewidth=1, label="floor")
     _scales(axes, sorted({size for points in lines.values() for size in points}))
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(True, which="major", linewidth=0.3)
