@@ -32,13 +32,23 @@ def positions(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]
             raise ValueError(f"layers {layers} of records with {count} MoE layers")
         chosen: Sequence[int] = range(count)[layers]
     else:
-        asked = [operator.index(position) for position in layers]
+        if isinstance(layers, int):
+            raise ValueError(f"layers {layers}: give several positions, or [{layers}] for one")
+        wanted = list(layers)
+        if any(map(_is_bool, wanted)):
+            # As integers they would be layers 0 and 1.
+            raise ValueError(f"layers {layers} are a mask: give positions, 0 to {count - 1}")
+        asked = [operator.index(position) for position in wanted]
         if any(not -count <= position < count for position in asked):
             raise ValueError(f"layers {asked} of records with {count} MoE layers")
         chosen = [position % count for position in asked]
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"layers {layers} are none at all, or hold one twice: {list(chosen)}")
     return chosen
+
+
+def _is_bool(position: object) -> bool:
+    return isinstance(position, bool) or "bool" in str(getattr(position, "dtype", ""))
 
 
 def runs(chosen: Sequence[int]) -> tuple[Run, ...]:

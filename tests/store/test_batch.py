@@ -169,6 +169,19 @@ def test_layers_that_cannot_be_are_refused_with_figures(arena, tickets, layers):
     assert leases_on(arena) == 0
 
 
+@pytest.mark.parametrize(
+    "mask", [[True, False], np.array([True, False]), torch.tensor([True, False])], ids=type
+)
+def test_a_mask_of_layers_is_refused(arena, tickets, mask):
+    with pytest.raises(ValueError, match=r"are a mask: give positions, 0 to 3"):
+        read_batch(tickets, layers=mask)
+
+
+def test_a_single_position_is_refused(tickets):
+    with pytest.raises(ValueError, match=r"layers 2: give several positions, or \[2\] for one"):
+        read_batch(tickets, layers=2)
+
+
 def test_neighbouring_layers_are_read_as_one_run():
     assert selection.runs([2, 3, 4, 0, 7, 8]) == ((0, 2, 5), (3, 0, 1), (4, 7, 9))
 
