@@ -151,6 +151,11 @@ def _of_one(routes: SequenceRoutes) -> torch.Tensor:
     if isinstance(routes, np.ndarray):
         # torch takes neither read-only arrays nor, before 2.3, unsigned 16-bit ones.
         return torch.from_numpy(np.array(routes, dtype=_signed_numpy(routes.dtype)))
+    if not isinstance(routes, torch.Tensor):
+        raise ReplayError(
+            f"a {type(routes).__name__} is no rows: give tickets, rids and responses to "
+            "shmroute.read_batch, and rows as tensors or arrays [tokens, moe_layers, top_k]"
+        )
     return _signed(routes)
 
 

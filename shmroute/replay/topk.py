@@ -142,9 +142,12 @@ class Routing:
                 inside = [block for block in self._blocks if _is_inside(block, path)]
                 if inside:
                     self._wrap_checkpoints(stack, module, inside)
-            yield
-        for block in self._blocks:
-            _watch(block.module)
+            try:
+                yield
+            finally:  # a backward pass may come after an exception, too
+                for block in self._blocks:
+                    if self._runs[block.layer_id]:
+                        _watch(block.module)
         self._check_all_ran()
 
     def run(self, routed: _RoutedForward, args: Any, kwargs: Any) -> Any:

@@ -466,6 +466,26 @@ def test_a_checkpoint_of_another_kind_is_refused_after_the_with(model, tokens) -
         loss.backward()
 
 
+def test_a_checkpoint_of_another_kind_is_refused_after_an_exception_in_the_with(
+    model, tokens
+) -> None:
+    def embedded_loss(embedded: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=embedded, labels=tokens).loss
+
+    embedded = model.model.embed_tokens(tokens)
+    losses = []
+
+    def step() -> None:
+        with replay_routes(model, other_routes(3)):
+            losses.append(checkpoint(embedded_loss, embedded, use_reentrant=True))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        step()
+    with pytest.raises(ReplayError, match=r"call backward\(\) within the `with`"):
+        losses[0].backward()
+
+
 def test_a_checkpoint_of_another_kind_is_right_within_the_with(model, tokens) -> None:
     routes = other_routes(3)
     with replay_routes(model, routes):
@@ -599,6 +619,12 @@ def test_an_expert_twice_in_a_row_is_refused(model, tokens) -> None:
 def test_rows_that_are_no_integers_are_refused(model, tokens) -> None:
     refused(model, tokens, other_routes(3).float(), "expert ids are integers")
     refused(model, tokens, other_routes(3).numpy().astype(np.float32), "expert ids are integers")
+
+
+def test_what_rows_are_read_from_is_no_rows(model, tokens, arena) -> None:
+    ticket = write(arena, "unread", other_routes(3, TOKENS - 1))
+    for source in (ticket, [ticket], "unread", None, other_routes(3).tolist()):
+        refused(model, tokens, source, r"is no rows: give tickets, .* to shmroute\.read_batch")
 
 
 def test_a_mask_that_does_not_fit_the_routes_is_refused(model, tokens) -> None:
