@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..batch import read_batch
+from ..batch import RouteBatch, read_batch
 from ..errors import ReplayError
 from ..layout import RouteLayout
 from ..partition import Partition
@@ -70,14 +70,16 @@ class RouterRows:
         tokens = self._tokens
         if sequences_abreast > 1:  # then sequence parallelism cuts their length, not the batch
             tokens = dataclasses.replace(tokens, sp_rank=0, sp_size=1)
-        rows = read_batch(
+        batch = read_batch(
             self._sources,
             layers=self._positions(layer_ids, num_layers),
             tokens=tokens,
             pad="distinct",
             device=device,
             **self._options,
-        ).rows
+        )
+        _check_starts(batch)
+        rows = batch.rows
         return rows if sequences_abreast == 1 else self._side_by_side(rows, sequences_abreast)
 
     def check(self, layer_id: int, experts: torch.Tensor, scores: torch.Tensor, topk: int) -> None:
@@ -140,3 +142,13 @@ class RouterRows:
         piece = length // tokens.sp_size
         mine = rows.view(sequences, tokens.sp_size, piece, *rows.shape[1:])[:, tokens.sp_rank]
         return mine.transpose(0, 1).flatten(0, 1)
+
+
+def _check_starts(batch: RouteBatch) -> None:
+    """Raise where tokens before a record's first would go to the experts of padding."""
+    for number, (rid, start) in enumerate(zip(batch.rids, batch.starts, strict=True)):
+        if start:
+            raise ReplayError(
+                f"sequence {number} (rid {rid!r}) has routes from token {start} on: give a list of "
+                "all its turns in the place of the last one's ticket"
+            )

@@ -228,6 +228,15 @@ def test_turns_of_a_conversation_are_one_sequence(sequences, tokens):
         assert torch.equal(once, again)
 
 
+def test_a_sequence_without_its_first_turn_is_refused(sequences, tokens):
+    sequences.add(12)
+    with sequences.arena.reserve("second", tokens=6, start=5) as slot:
+        slot.rows[...] = sequences.rows["r0"][5:11]
+    model = megatron.gpt(megatron.config())
+    with pytest.raises(ReplayError, match=r"rid 'second'\) has routes from token 5 on"):
+        forward(RouteReplay(model), model, slot.ticket, 12)
+
+
 # -- recomputation ---------------------------------------------------------------------------------
 
 
