@@ -17,7 +17,7 @@ from route_chains import LAYERS, TOP_K, new_rid
 from transport_ways import Array, Opener, Record, Way
 
 SHM = Path("/dev/shm")
-MAPPED_RECORDS = 16  # of the largest; what a killed reader holds is not used again
+MAPPED_RECORDS = 64  # of the largest; what a killed reader holds is not used again
 
 LmdbLocator: TypeAlias = tuple[str, int, bytes]  # folder, bytes to map, key
 
@@ -121,17 +121,25 @@ class ArrowOpener(Opener[str]):
 
 
 class LmdbWay(Way[LmdbLocator]):
-    """LMDB with ``writemap`` and without syncing: a value is written straight into the map."""
+    """LMDB with ``writemap`` and without syncing: a value is written straight into the map.
+
+    What a killed reader had open keeps all later pages from being used again until somebody calls
+    ``reader_check``, which is not done here: nobody knows when.
+    """
 
     name = "LMDB"
     copied: ClassVar = {"into the map": 1}
 
     def __init__(self, largest_bytes: int) -> None:
+        self._map_bytes = MAPPED_RECORDS * largest_bytes
+        self._keys: list[bytes] = []
+        self._open()
+
+    def _open(self) -> None:
         import lmdb
 
         self._made = _folder()
         self._folder = self._made.name
-        self._map_bytes = MAPPED_RECORDS * largest_bytes
         self._environment: Any = lmdb.open(
             self._folder,
             map_size=self._map_bytes,
@@ -141,7 +149,10 @@ class LmdbWay(Way[LmdbLocator]):
             map_async=True,
             max_readers=64,
         )
-        self._keys: list[bytes] = []
+
+    def renew(self) -> None:
+        self.close()
+        self._open()
 
     def publish(self, record: Record, readers: int) -> Sequence[LmdbLocator]:
         key = new_rid().encode()
@@ -170,12 +181,14 @@ class LmdbOpener(Opener[LmdbLocator]):
 
     def __init__(self) -> None:
         self._environment: Any = None
+        self._folder = ""
 
     def open(self, locator: LmdbLocator) -> Array:
         folder, map_bytes, key = locator
-        if self._environment is None:
+        if self._folder != folder:
             import lmdb
 
+            self._folder = folder
             self._environment = lmdb.open(folder, map_size=map_bytes, readonly=True, max_readers=64)
         self._transaction = self._environment.begin(buffers=True)
         value = self._transaction.get(key)

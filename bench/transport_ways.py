@@ -33,7 +33,7 @@ import shmroute
 from shmroute import inspection
 
 TORCH_FILES = "/dev/shm/torch_"
-RECORDS_HELD = 3  # of the arena, so that one record's space is not used at once again
+RECORDS_FIT = 4  # into the arena, of the largest
 
 Array = npt.NDArray[Any]
 Locator = TypeVar("Locator")
@@ -79,6 +79,9 @@ class Way(ABC, Generic[Locator]):
         """Give back the space of all records."""
         self.retire()
 
+    def renew(self) -> None:
+        """Begin with an empty store, where it never gets smaller."""
+
     @abstractmethod
     def shared_bytes(self) -> int:
         """Bytes that records take outside of any process's own memory."""
@@ -115,10 +118,10 @@ class ArenaWay(Way[bytes]):
     copied: ClassVar = {"into the record": 1}
 
     def __init__(self, largest: int) -> None:
-        capacity = capacity_for([largest] * (RECORDS_HELD + 4), 64)
+        capacity = capacity_for([largest] * RECORDS_FIT, 64)
         self._scope = contextlib.ExitStack()
         self._arena = self._scope.enter_context(scratch_arena(capacity, 64))
-        self._ring = RecordRing(self._arena, RECORDS_HELD)
+        self._ring = RecordRing(self._arena, 0)
         self._last: list[bytes] = []
 
     def publish(self, record: Record, readers: int) -> Sequence[bytes]:
