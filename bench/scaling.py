@@ -232,7 +232,7 @@ def by_readers(size: Size, progress: Progress) -> Iterator[Row]:
     """More and more processes that open records without a pause, and a writer beside them."""
     one = Series("one opening", size.readers, "readers")
     beside = Series(f"{ISSUE} beside readers", size.readers, "readers")
-    spinning = Series(f"{ISSUE} beside spinning processes", size.readers, "processes")
+    spinning = Series(f"{ISSUE} beside spinning processes", size.readers, "spinners")
     rates: dict[int, float] = {}
     capacity = capacity_for([BESIDE_TOKENS] * (BESIDE_RECORDS + 2), 2 * BESIDE_RECORDS)
     with (

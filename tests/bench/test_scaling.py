@@ -17,7 +17,7 @@ FLAT_COSTS = {
     "release and reclaim": "slots",
     "one opening": "readers",
     "reserve, seal, ticket beside readers": "readers",
-    "reserve, seal, ticket beside spinning processes": "processes",
+    "reserve, seal, ticket beside spinning processes": "spinners",
 }
 
 
