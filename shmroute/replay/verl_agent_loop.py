@@ -3,7 +3,7 @@
 verl's configuration (its trainer with the transfer queue has workers of its own)::
 
     trainer.use_v1=False
-    actor_rollout_ref.rollout.agent.agent_loop_manager_class=\
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=\
         shmroute.replay.verl_agent_loop.TicketAgentLoopManager
     actor_rollout_ref.model.external_lib=shmroute.replay.verl_engine
 

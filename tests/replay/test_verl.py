@@ -105,6 +105,14 @@ def test_verl_takes_the_engine_that_reads_tickets(verl):
     assert verl.ask("engine_of_nvidia") == "RoutedMegatronEngine"
 
 
+def test_verls_configuration_takes_the_settings_as_they_are_documented(verl):
+    page = (ROOT / "docs/trainers/verl.md").read_text()
+    first, second = (block.split("```")[0].split() for block in page.split("```text\n")[1:])
+    assert first[-1].startswith("actor_rollout_ref.model.external_lib=")
+    for settings in (first, first[:-1] + second):
+        verl.ask("settings_taken", settings=settings)
+
+
 def test_responses_that_do_not_fit_are_named(verl, arena):
     delta = rollout(arena, "r", [8, 20]).turns[1][1]
     gap = verl.ask("refused", ticket=delta)

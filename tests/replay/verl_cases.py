@@ -15,12 +15,15 @@ import base64
 import pickle
 from argparse import Namespace
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
+import hydra
 import numpy as np
 import ray.cloudpickle
 import torch
 import torch.distributed as dist
+import verl as verl_package
 from megatron.core import mpu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
@@ -309,6 +312,13 @@ def other_verl_is_refused() -> str:
     finally:
         verl.KNOWN_VERL = known
     return ""
+
+
+def settings_taken(settings: list[str]) -> None:
+    """Hydra refuses what verl's configuration for Megatron does not have."""
+    folder = Path(verl_package.__file__).parent / "trainer/config"
+    with hydra.initialize_config_dir(str(folder), version_base=None):
+        hydra.compose("ppo_megatron_trainer", settings)
 
 
 def engine_of_nvidia() -> str:
