@@ -27,24 +27,21 @@ How
 
 from __future__ import annotations
 
-import argparse
 import base64
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
 import trainer_ranks
+from bench_command import main
 from memory_engines import OUTPUT_TOKENS, WAYS, MeasuredEngine, Reading, Way
-from result_file import Row, exit_code, print_table, write
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from result_file import Row
+from rich.progress import Progress
 from route_chains import ROUTES
 from small_models import qwen3_moe
 from trainer_ranks import Batch, Ranks
@@ -65,7 +62,7 @@ TRAINERS: dict[Way, tuple[trainer_ranks.Way, ...]] = {
     "native": ("native", "native, one by one"),
     "arena": ("as stored", "int32"),
 }
-RESULT = Path(__file__).parent / "results" / "memory_overhead.json"
+QUICK_HELP = "a small load, engines side by side, under a minute on an idle machine"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,65 +270,21 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-# -- the command ---------------------------------------------------------------------------------
-
-
-def run(size: Size, console: Console) -> list[Row]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+def measure(quick: bool, progress: Progress) -> list[Row]:
+    """Figures; the folder with the engines' logs stays where something failed."""
     folder = Path(tempfile.mkdtemp(prefix="bench-memory-"))
-    kept = ""
     try:
-        with Progress(*columns, console=console) as progress:
-            bench = Bench(size, folder, progress)
-            bench.run()
+        bench = Bench(QUICK if quick else FULL, folder, progress)
+        bench.run()
     except Exception:
-        kept = str(folder)
+        print(f"logs: {folder}", file=sys.stderr)
         raise
-    finally:
-        if kept:
-            print(f"logs: {kept}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
     return figures(bench.measured)
 
 
-def _interrupted(number: int, _frame: Any) -> NoReturn:
-    """First Ctrl-C or SIGTERM: clean up. Further ones must not cut that short."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="PATH",
-        help="the result file; default: bench/results/memory_overhead.json, with --quick none",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a small load, engines side by side, under a minute"
-    )
-    options = parser.parse_args()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupted)
-    rows = run(QUICK if options.quick else FULL, Console(stderr=True))
-    print_table(rows, "memory overhead")
-    path = options.json or (None if options.quick else RESULT)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = "python bench/memory_overhead.py" + " --quick" * options.quick
-        write(path, "memory_overhead", command, rows)
-    return exit_code(rows)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("memory_overhead", __doc__, QUICK_HELP, measure))

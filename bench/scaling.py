@@ -35,21 +35,18 @@ Where it stops being flat, and why
 
 from __future__ import annotations
 
-import argparse
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from result_file import Row, exit_code, print_table, write
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from bench_command import main
+from result_file import Row
+from rich.progress import Progress
 from route_chains import ROUTES, Times, new_rid
 from scaling_readers import Opened, OpeningReaders
 from store import RecordRing, capacity_for, open_and_map, p99, scratch_arena
@@ -64,7 +61,6 @@ BESIDE_TOKENS = 1_024
 BESIDE_RECORDS = 256
 BESIDE_PAUSE = 0.001  # seconds between the records of the writer
 ISSUE = "reserve, seal, ticket"
-RESULT = Path(__file__).parent / "results" / "scaling.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,54 +285,15 @@ def by_rate(size: Size, progress: Progress) -> Iterator[Row]:
                 yield Row(f"records a second, {tokens} tokens, {how}", _rounded(rate), "/s")
 
 
-# -- the command ---------------------------------------------------------------------------------
-
-
 def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def run(size: Size, console: Console) -> list[Row]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        parts = (by_length, by_slots, by_readers, by_rate)
-        return [row for part in parts for row in part(size, progress)]
-
-
-def _interrupted(number: int, _frame: Any) -> NoReturn:
-    """First Ctrl-C or SIGTERM: clean up. Further ones must not cut that short."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="PATH",
-        help="the result file; default: bench/results/scaling.json, with --quick none",
-    )
-    parser.add_argument("--quick", action="store_true", help="few sizes, under half a minute")
-    options = parser.parse_args()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupted)
-    rows = run(QUICK if options.quick else FULL, Console(stderr=True))
-    print_table(rows, "scaling")
-    path = options.json or (None if options.quick else RESULT)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, "scaling", "python bench/scaling.py" + " --quick" * options.quick, rows)
-    return exit_code(rows)
+def measure(quick: bool, progress: Progress) -> list[Row]:
+    size = QUICK if quick else FULL
+    parts = (by_length, by_slots, by_readers, by_rate)
+    return [row for part in parts for row in part(size, progress)]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("scaling", __doc__, "few sizes, under half a minute", measure))

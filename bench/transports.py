@@ -34,24 +34,21 @@ How
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+from bench_command import main
 from memory_watch import MemoryWatch, trim
-from result_file import Row, exit_code, print_table, write
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from result_file import Row
+from rich.progress import Progress
 from route_chains import ROUTES, RouteTables
 from transport_files import ArrowWay, LmdbWay, SafetensorsWay
 from transport_ray import RayWay
@@ -64,7 +61,6 @@ HOLD_SECONDS = 0.05
 LAPS_AFTER_KILL = 8
 SETTLE_SECONDS = 3.0
 AFTER_KILL_SECONDS = 0.5  # trackers and servers notice a death
-RESULT = Path(__file__).parent / "results" / "transports.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,51 +293,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-# -- the command ---------------------------------------------------------------------------------
-
-
-def run(size: Size, console: Console) -> list[Row]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress, ExitStack() as at_end:
-        bench = Bench(size, at_end, progress)
+def measure(quick: bool, progress: Progress) -> list[Row]:
+    with ExitStack() as at_end:
+        bench = Bench(QUICK if quick else FULL, at_end, progress)
         bench.run()
     return bench.rows
 
 
-def _interrupted(number: int, _frame: Any) -> NoReturn:
-    """First Ctrl-C or SIGTERM: clean up. Further ones must not cut that short."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="PATH",
-        help="the result file; default: bench/results/transports.json, with --quick none",
-    )
-    parser.add_argument("--quick", action="store_true", help="1 MB, two readers, under a minute")
-    options = parser.parse_args()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupted)
-    rows = run(QUICK if options.quick else FULL, Console(stderr=True))
-    print_table(rows, "transports")
-    path = options.json or (None if options.quick else RESULT)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, "transports", "python bench/transports.py" + " --quick" * options.quick, rows)
-    return exit_code(rows)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("transports", __doc__, "1 MB, two readers, under a minute", measure))
