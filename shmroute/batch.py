@@ -60,6 +60,8 @@ class RouteBatch:
         Tokens of each sequence, padding not counted.
     layer_ids
         Global 0-based decoder-layer numbers of axis 1.
+    num_experts
+        Ids are below this.
     missing
         Ranges ``[first, end)`` of ``rows`` that the engine could give no routes for.
     padding_mask
@@ -73,6 +75,7 @@ class RouteBatch:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     layer_ids: tuple[int, ...]
+    num_experts: int
     missing: tuple[tuple[int, int], ...]
     padding_mask: torch.Tensor | None
 
@@ -170,6 +173,8 @@ def read_batch(
     where = _device(device)
     _check_dtype(dtype)
     padding.check(pad, dtype)
+    if tokens is not None and not isinstance(tokens, Partition):
+        raise ValueError(f"tokens is a {type(tokens).__name__}: give a shmroute.Partition, or None")
     if tokens is not None and pad is None:
         raise ValueError(
             f"{tokens} without pad: it cuts the tokens that a trainer computes, and a sequence's "
@@ -240,6 +245,7 @@ def _packed(
         starts=tuple([sequence.start for sequence in joined]),
         lengths=tuple([sequence.end + 1 for sequence in joined]),
         layer_ids=tuple(layout.layer_ids[position] for position in chosen),
+        num_experts=layout.num_experts,
         missing=missing,
         padding_mask=_pad(rows, placed, missing, pad),
     )

@@ -53,8 +53,8 @@ class RouteArray(np.ndarray[Any, Any]):
     """Read-only view of a record that pickles as its ticket (about 200 bytes).
 
     Only a view in the mapping does: it maps the record again where it is loaded, slices
-    included. Copies and computed results are ordinary arrays and pickle by value. The record must
-    be there until the pickle is loaded: release it when nobody is to load it any more.
+    included. Copies and computed results have no lease and pickle by value, like any array. The
+    record must be there until the pickle is loaded: release it when nobody is to load it any more.
 
     ``torch.from_numpy`` shares its memory, and warns, once in a process, that torch has no
     read-only tensors: writing into one over this memory is a segmentation fault. ``torch`` makes
@@ -99,7 +99,9 @@ class RouteArray(np.ndarray[Any, Any]):
             return None
         rows, ticket = self._source
         offset = int(self.__array_interface__["data"][0]) - rows.address
-        if not self.size or not _fits(offset, self.shape, self.strides, self.itemsize, rows.nbytes):
+        if not self.size or self.dtype.kind == "V":
+            return None  # of fields, ``dtype.str`` has no names
+        if not _fits(offset, self.shape, self.strides, self.itemsize, rows.nbytes):
             return None
         return ticket, offset
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ SequenceRoutes: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | ShmRouteReade
 Routes: TypeAlias = "SequenceRoutes | RouteBatch | Sequence[SequenceRoutes]"
 
 
+class Recorded(NamedTuple):
+    """Of what model routes were recorded: decoder-layer numbers of axis 1, experts a layer."""
+
+    layer_ids: tuple[int, ...]
+    num_experts: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AlignedRows:
     """Rows for the tokens of one forward.
@@ -39,13 +46,13 @@ class AlignedRows:
         ``[tokens, moe_layers, top_k]``, a signed dtype; a row of -1 is the router's own choice.
     optional
         ``bool [tokens]``: rows of last tokens, which a forward may leave out, all or none.
-    layer_ids
-        Decoder-layer numbers of axis 1, where the routes say them.
+    recorded
+        What the routes say of the model that they were recorded from; arrays do not.
     """
 
     rows: torch.Tensor
     optional: torch.Tensor
-    layer_ids: tuple[int, ...] | None
+    recorded: Recorded | None
 
     def for_forward(self, tokens: int) -> torch.Tensor:
         """The rows of a forward of so many tokens; ``ReplayError`` if it can be none of these."""
@@ -69,7 +76,7 @@ def align(routes: Routes, attention_mask: torch.Tensor | None) -> AlignedRows:
     ReplayError
         The routes contradict one another or the mask, or do not begin at token 0.
     """
-    sequences, layer_ids = _sequences(routes)
+    sequences, recorded = _sequences(routes)
     shapes = {tuple(rows.shape[1:]) for rows in sequences}
     if len(shapes) != 1 or any(rows.dim() != 3 for rows in sequences):
         found = sorted({tuple(rows.shape) for rows in sequences})[:4]
@@ -78,20 +85,20 @@ def align(routes: Routes, attention_mask: torch.Tensor | None) -> AlignedRows:
             f"sequence of one batch; these are {found}"
         )
     if attention_mask is None:
-        return _packed(sequences, layer_ids)
-    return _padded(sequences, layer_ids, attention_mask)
+        return _packed(sequences, recorded)
+    return _padded(sequences, recorded, attention_mask)
 
 
-def _packed(sequences: Sequence[torch.Tensor], layer_ids: tuple[int, ...] | None) -> AlignedRows:
+def _packed(sequences: Sequence[torch.Tensor], recorded: Recorded | None) -> AlignedRows:
     pieces, optional = [], []
     for rows in sequences:
         pieces += [rows, rows.new_full((1, *rows.shape[1:]), -1)]
         optional += [*[False] * len(rows), True]
-    return AlignedRows(torch.cat(pieces), torch.tensor(optional), layer_ids)
+    return AlignedRows(torch.cat(pieces), torch.tensor(optional), recorded)
 
 
 def _padded(
-    sequences: Sequence[torch.Tensor], layer_ids: tuple[int, ...] | None, mask: torch.Tensor
+    sequences: Sequence[torch.Tensor], recorded: Recorded | None, mask: torch.Tensor
 ) -> AlignedRows:
     real = mask.bool().to(sequences[0].device)
     if real.dim() != 2 or len(real) != len(sequences):
@@ -110,20 +117,24 @@ def _padded(
             )
         placed[index, where[: len(rows)]] = rows
     flat = placed.flatten(0, 1)
-    return AlignedRows(flat, torch.zeros(len(flat), dtype=torch.bool), layer_ids)
+    return AlignedRows(flat, torch.zeros(len(flat), dtype=torch.bool), recorded)
 
 
-def _sequences(routes: Routes) -> tuple[list[torch.Tensor], tuple[int, ...] | None]:
+def _sequences(routes: Routes) -> tuple[list[torch.Tensor], Recorded | None]:
     if isinstance(routes, RouteBatch):
-        return list(_of_batch(routes)), routes.layer_ids
+        return list(_of_batch(routes)), Recorded(routes.layer_ids, routes.num_experts)
     if not isinstance(routes, (list, tuple)):
         routes = [routes]
     if not routes:
         raise ReplayError("routes of no sequence")
-    layer_ids = {each.layer_ids for each in routes if isinstance(each, ShmRouteReader)}
-    if len(layer_ids) > 1:
-        raise ReplayError(f"records of models with other MoE layers: {sorted(layer_ids)}")
-    return [_of_one(each) for each in routes], next(iter(layer_ids), None)
+    recorded = {
+        Recorded(each.layer_ids, each.layout.num_experts)
+        for each in routes
+        if isinstance(each, ShmRouteReader)
+    }
+    if len(recorded) > 1:
+        raise ReplayError(f"records of different models: {sorted(recorded)}")
+    return [_of_one(each) for each in routes], next(iter(recorded), None)
 
 
 def _of_batch(batch: RouteBatch) -> Iterator[torch.Tensor]:

@@ -98,11 +98,8 @@ class RouterRows:
                 "sequences of this micro-batch and, as tokens, how they are padded and cut"
             )
         # On a GPU to look would be to wait for it, and there the gather stops at such an id.
-        if experts.device.type == "cpu" and bool((experts >= known).any()):
-            raise ReplayError(
-                f"layer {layer_id} has experts 0 to {known - 1}, its routes expert "
-                f"{int(experts.max())}: the record was written with ids outside of its layout"
-            )
+        if experts.device.type == "cpu":
+            _check_ids(layer_id, experts.to(torch.int64), known)
 
     def _positions(self, layer_ids: Sequence[int], num_layers: int) -> list[int]:
         """Of the layers, on axis 1 of the records."""
@@ -142,6 +139,25 @@ class RouterRows:
         piece = length // tokens.sp_size
         mine = rows.view(sequences, tokens.sp_size, piece, *rows.shape[1:])[:, tokens.sp_rank]
         return mine.transpose(0, 1).flatten(0, 1)
+
+
+def _check_ids(layer_id: int, experts: torch.Tensor, known: int) -> None:
+    """Raise unless each token has a set of experts that exist; of fewer the dispatcher would
+    count too few.
+    """
+    if bool((experts >= known).any()):
+        raise ReplayError(
+            f"layer {layer_id} has experts 0 to {known - 1}, its routes expert "
+            f"{int(experts.max())}: the record was written with ids outside of its layout"
+        )
+    ordered = experts.sort(dim=-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(dim=-1).nonzero()
+    if len(twice):
+        token = int(twice[0])
+        raise ReplayError(
+            f"layer {layer_id}: {len(twice)} rows name an expert twice; the first, of token "
+            f"{token} on this rank: {experts[token].tolist()}. A router's top-k writes no such row"
+        )
 
 
 def _check_starts(batch: RouteBatch) -> None:

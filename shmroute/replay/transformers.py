@@ -77,6 +77,8 @@ def replay_routes(
     """
     blocks = moe_blocks(model)
     aligned = align(routes, attention_mask)
+    if aligned.recorded is not None:
+        _check_experts(aligned.recorded.num_experts, blocks)
     columns = _columns(aligned, blocks, layer_ids)
     _check_ids(aligned.rows, blocks)
     with Routing(model, blocks, _replayed(aligned, columns)).installed():
@@ -147,7 +149,8 @@ def _columns(
     """Position on axis 1 of each block's layer."""
     _, layers, top_k = aligned.rows.shape
     model_layers = tuple(block.layer_id for block in blocks)
-    stated = aligned.layer_ids if layer_ids is None else tuple(layer_ids)
+    recorded = aligned.recorded and aligned.recorded.layer_ids
+    stated = recorded if layer_ids is None else tuple(layer_ids)
     if stated is not None and len(stated) != layers:
         raise ReplayError(f"{len(stated)} layer_ids for rows of {layers} layers")
     if (stated is None and layers != len(blocks)) or (
@@ -165,6 +168,15 @@ def _columns(
             "they count fused shared experts?"
         )
     return {layer: column for column, layer in enumerate(stated or model_layers)}
+
+
+def _check_experts(num_experts: int, blocks: Sequence[MoeBlock]) -> None:
+    known = {block.num_experts for block in blocks}
+    if known != {num_experts}:
+        raise ReplayError(
+            f"the records are of layers with {num_experts} experts, the model's have "
+            f"{sorted(known)}: they are of another model"
+        )
 
 
 def _check_ids(rows: torch.Tensor, blocks: Sequence[MoeBlock]) -> None:

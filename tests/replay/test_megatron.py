@@ -618,6 +618,15 @@ def test_ids_out_of_range_are_refused(sequences):
         forward(RouteReplay(model), model, slot.ticket, 12)
 
 
+def test_rows_that_name_an_expert_twice_are_refused(sequences):
+    model = megatron.gpt(megatron.config())
+    with sequences.arena.reserve("twice", tokens=11) as slot:
+        slot.rows[...] = routes(11, LAYOUT, 0)
+        slot.rows[5, 0] = [5, 7, 5, 6]
+    with pytest.raises(ReplayError, match=r"layer 1: 1 rows .* token 5 .*: \[5, 7, 5, 6\]"):
+        forward(RouteReplay(model), model, slot.ticket, 12)
+
+
 def test_a_router_without_a_layer_number_is_refused():
     router = TopKRouter(megatron.config(), pg_collection=megatron.process_groups())
     with pytest.raises(ReplayError, match="a router without layer_number"):

@@ -326,12 +326,24 @@ def test_rows_may_be_arrays_of_any_integer_dtype(model, tokens, dtype: type) -> 
 
 
 @pytest.fixture
-def arena() -> Iterator[shmroute.Arena]:
-    layout = RouteLayout(num_experts=EXPERTS, top_k=TOP_K, layer_ids=range(3), model="tiny")
+def make_arena() -> Iterator[Callable[[int], shmroute.Arena]]:
     name = f"replay-{secrets.token_hex(4)}"
-    with shmroute.Arena.create(name, layout, capacity="1MiB", slots=8) as created:
-        yield created
+    made: list[shmroute.Arena] = []
+
+    def make(num_experts: int) -> shmroute.Arena:
+        layout = RouteLayout(num_experts, TOP_K, layer_ids=range(3), model="tiny")
+        made.append(shmroute.Arena.create(name, layout, capacity="1MiB", slots=8))
+        return made[-1]
+
+    yield make
+    for arena in made:
+        arena.close()
     shmroute.reap(name, force=True)
+
+
+@pytest.fixture
+def arena(make_arena: Callable[[int], shmroute.Arena]) -> shmroute.Arena:
+    return make_arena(EXPERTS)
 
 
 def write(arena: shmroute.Arena, rid: str, rows: torch.Tensor, start: int = 0) -> bytes:
@@ -351,6 +363,17 @@ def test_a_record_and_a_batch_of_records_are_replayed_as_they_are_read(model, ar
         got = routed_as(model, input_ids=ids.expand(2, -1), attention_mask=mask)
     assert torch.equal(got[:4], routes[0])
     assert torch.equal(got[7:13], routes[1])
+
+
+@pytest.mark.parametrize("read", [shmroute.read_batch, ShmRouteReader], ids=["batch", "record"])
+def test_records_of_layers_with_another_number_of_experts_are_refused(
+    model, make_arena, read
+) -> None:
+    arena = make_arena(2 * EXPERTS)
+    ticket = write(arena, "rid", other_routes(3))  # whose ids all exist in this model, too
+    with pytest.raises(ReplayError, match=rf"with {2 * EXPERTS} experts, .* have \[{EXPERTS}\]"):
+        with replay_routes(model, read(ticket)):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,7 @@ def test_every_rank_meets_the_same_errors(arena, seal):
     [
         ({"pad": "zeros"}, "pad is 'zeros': one of distinct, minus_one, mask"),
         ({"pad": "minus_one"}, r"-1 would be an expert's id. Give dtype=torch\.int32"),
+        ({"tokens": slice(0, 3), "pad": "mask"}, "tokens is a slice: give a shmroute.Partition"),
         ({"tokens": Partition()}, "without pad: .* a sequence's last token has no row"),
     ],
 )

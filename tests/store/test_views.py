@@ -236,6 +236,13 @@ def test_copies_and_results_pickle_by_value(whole, elsewhere):
         assert there["kind"] == "ndarray"
 
 
+def test_a_view_with_named_fields_pickles_by_value(whole):
+    fields = whole.view([("first", np.uint8), ("rest", np.uint8, 3)])
+    again = pickle.loads(pickle.dumps(fields))
+    assert again.dtype == fields.dtype
+    assert np.array_equal(again["first"], fields["first"])
+
+
 def test_copies_and_results_need_no_copy_to_be_pickled(whole):
     copy, buffers = whole.copy(), []
     pickled = pickle.dumps(copy, 5, buffer_callback=buffers.append)
