@@ -228,7 +228,8 @@ def _lmdb(result: Result) -> Iterator[str]:
     yield "(bench/results/transports.svg)\n"
     yield f"\nLMDB hands a record on sooner. It takes {of('LMDB', held)} MiB for one (the arena "
     yield f"{of('arena', held)}),\nand what a killed reader had open keeps it from using space "
-    yield f"again: {of('LMDB', left)} MiB after eight\nmore records (the arena {of('arena', left)}).\n"
+    yield f"again: {of('LMDB', left)} MiB after eight\nmore records (the arena "
+    yield f"{of('arena', left)}).\n"
 
 
 def with_part(readme: str, results: Results) -> str:
