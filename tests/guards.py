@@ -682,8 +682,8 @@ _BRIDGE = (
         "the capture buffer's length",
         "a forward longer than it ends as missing rows and does not end the engine",
         "sglang_bridge/capturer.py",
-        "if len(topk_indices) <= len(self.device_cache.buffer):",
-        "if True:",
+        "if unread or len(topk_indices) > len(self.device_cache.buffer):",
+        "if unread:",
         (
             "bridge/test_capturer.py::"
             "test_rows_of_a_forward_longer_than_the_capture_buffer_are_missing_and_it_is_named",
