@@ -18,7 +18,14 @@ RESULTS = Path(__file__).parent / "results"
 Measure = Callable[[bool, Progress], Sequence[Row]]
 
 
-def main(bench: str, description: str | None, quick: str, measure: Measure) -> int:
+def main(
+    bench: str,
+    description: str | None,
+    quick: str,
+    measure: Measure,
+    *,
+    redrawn_by_hand: bool = False,
+) -> int:
     """Run ``bench/BENCH.py``: parse, measure, print, write; its exit code.
 
     Parameters
@@ -26,8 +33,9 @@ def main(bench: str, description: str | None, quick: str, measure: Measure) -> i
     quick
         What ``--quick`` does, for ``--help``.
     measure
-        Given ``--quick`` and a bar, gives the rows. SIGINT and SIGTERM end it by SystemExit, the
-        first one only, so that its clean-up is not cut short.
+        Given ``--quick`` and a bar, gives the rows; see ``end_in_good_order``.
+    redrawn_by_hand
+        The bar shows what is new when ``measure`` refreshes it, and has no thread.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,8 +46,7 @@ def main(bench: str, description: str | None, quick: str, measure: Measure) -> i
     )
     parser.add_argument("--quick", action="store_true", help=quick)
     options = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
+    end_in_good_order()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -47,7 +54,12 @@ def main(bench: str, description: str | None, quick: str, measure: Measure) -> i
         TimeElapsedColumn(),
     )
     # Drawn seldom: its thread takes the interpreter from what is timed.
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
+    with Progress(
+        *columns,
+        console=Console(stderr=True),
+        refresh_per_second=1,
+        auto_refresh=not redrawn_by_hand,
+    ) as progress:
         rows = measure(options.quick, progress)
     print_table(rows, bench.replace("_", " "))
     path = options.json or (None if options.quick else RESULTS / f"{bench}.json")
@@ -55,6 +67,15 @@ def main(bench: str, description: str | None, quick: str, measure: Measure) -> i
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, bench, f"python bench/{bench}.py" + " --quick" * options.quick, rows)
     return exit_code(rows)
+
+
+def end_in_good_order() -> None:
+    """Have SIGINT and SIGTERM end this process by SystemExit, the first one only, so that its
+    clean-up is not cut short. SIGINT also in the background of a shell, which has it ignored here
+    and, without this, in every child.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
 
 
 def _interrupted(number: int, _frame: Any) -> NoReturn:

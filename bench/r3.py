@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import r3_plot
 import r3_report
+from bench_command import end_in_good_order
 from demo_steps import Steps
 from engine_process import ServerProcess
 from r3_metrics import Comparison
@@ -128,7 +128,7 @@ def main() -> int:
     for path in (arguments.json, arguments.plot):
         if not path.absolute().parent.is_dir():
             parser.error(f"{path}: there is no such folder")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_in_good_order()
     transformers_logging.disable_progress_bar()
     steps = Steps()
     with tempfile.TemporaryDirectory(prefix="shmroute-r3-") as folder:

@@ -6,14 +6,13 @@ Each is a process of its own with nothing but the reader's side of shmroute in i
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import random
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+
+from piped_processes import PipedProcesses
 
 import shmroute
 
@@ -33,16 +32,8 @@ class OpeningReaders:
     """``count`` processes, started at once; give them a ``close``."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._children: list[tuple[Any, Connection]] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            child = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._children.append((child, ours))
-            child.start()
-            theirs.close()
-        for _, ours in self._children:
-            self._answer(ours)
+        self._children = PipedProcesses(count, _serve, seconds=SECONDS_TO_ANSWER)
+        self._children.answers()
 
     def begin(self, count: int, tickets: Sequence[bytes], seconds: float) -> float:
         """Have the first ``count`` open records for so long, or spin if there are no tickets.
@@ -50,29 +41,18 @@ class OpeningReaders:
         Returns the time (monotonic) at which they begin.
         """
         begins = time.monotonic() + AHEAD
-        for _, ours in self._children[:count]:
-            ours.send((list(tickets), begins, begins + seconds))
+        self._children.send((list(tickets), begins, begins + seconds), count)
         return begins
 
     def opened(self, count: int) -> list[Opened]:
         """What each of them has done, once all are through."""
-        return [self._answer(ours) for _, ours in self._children[:count]]
-
-    def _answer(self, ours: Connection) -> Any:
-        if not ours.poll(SECONDS_TO_ANSWER):
-            raise RuntimeError(f"a reader did not answer in {SECONDS_TO_ANSWER:.0f} s")
-        return ours.recv()
+        return self._children.answers(count)
 
     def close(self) -> None:
-        for child, _ in self._children:
-            child.terminate()
-        for child, ours in self._children:
-            child.join()
-            ours.close()
+        self._children.close()
 
 
 def _serve(parent: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its readers, or is gone itself
     parent.send(None)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
         while True:

@@ -24,17 +24,16 @@ import gc
 import os
 import random
 import shlex
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import crash_processes
 import result_file
+from bench_command import end_in_good_order
 from crash_era import no_leftovers
 from crash_rows import LAYOUT
 from result_file import Row
@@ -299,9 +298,7 @@ def main() -> int:
     print("seed", options.seed, flush=True)
     arena = f"soak{os.getpid()}"
     load = QUICK if options.quick else LONG
-    # SIGINT, too: a shell's background job would ignore it.
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupted)
+    end_in_good_order()
     gc.freeze()
     with no_leftovers(arena):
         soak = Soak(load, options.seconds, options.seed, arena)
@@ -312,11 +309,6 @@ def main() -> int:
         command = shlex.join(["python", "bench/soak.py", *sys.argv[1:]])
         result_file.write(options.json, "soak", command, rows)
     return result_file.exit_code(rows)
-
-
-def _interrupted(number: int, _frame: FrameType | None) -> None:
-    """End by an exception, so that everything is cleaned up."""
-    sys.exit(128 + number)
 
 
 def _options() -> argparse.Namespace:

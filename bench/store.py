@@ -29,10 +29,8 @@ How
 
 from __future__ import annotations
 
-import argparse
 import gc
 import secrets
-import signal
 import statistics
 import sys
 import time
@@ -40,15 +38,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import pybase64
-from result_file import Row, exit_code, print_table, write
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from bench_command import main
+from result_file import Row
+from rich.progress import Progress
 from route_chains import (
     LAYERS,
     ROUTES,
@@ -71,7 +68,6 @@ from shmroute import layout, reaper
 SHORT, LONG = 8_192, 32_768
 SLOTS = 16_384
 RECORDS_HELD = 24
-RESULT = Path(__file__).parent / "results" / "store.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,47 +366,18 @@ def host_bytes(arena: shmroute.Arena, record: Any) -> float:
 # -- the command ---------------------------------------------------------------------------------
 
 
-def run(repetitions: Repetitions, console: Console) -> list[Row]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # Refreshed by hand: a refreshing thread would take the interpreter from what is timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        bench = Bench(repetitions, progress)
-        bench_bytes(bench)
-        bench_caller(bench)
-        bench_open_by_ticket(bench)
-        bench_open_by_rid(bench)
-        tables = RouteTables()
-        for tokens in (SHORT, LONG):
-            bench_to_the_view(bench, tables, tokens)
+def measure(quick: bool, progress: Progress) -> list[Row]:
+    bench = Bench(QUICK if quick else FULL, progress)
+    bench_bytes(bench)
+    bench_caller(bench)
+    bench_open_by_ticket(bench)
+    bench_open_by_rid(bench)
+    tables = RouteTables()
+    for tokens in (SHORT, LONG):
+        bench_to_the_view(bench, tables, tokens)
     return bench.rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="PATH",
-        help="the result file; default: bench/results/store.json, with --quick none",
-    )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the repetitions")
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    rows = run(QUICK if options.quick else FULL, Console(stderr=True))
-    print_table(rows, "shmroute store")
-    path = options.json or (None if options.quick else RESULT)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, "store", "python bench/store.py" + " --quick" * options.quick, rows)
-    return exit_code(rows)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    # A thread that redraws the bar would take the interpreter from what is timed.
+    sys.exit(main("store", __doc__, "a tenth of the repetitions", measure, redrawn_by_hand=True))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from piped_processes import CONTEXT, PipedProcesses
 from route_chains import LAYERS, SGLANG, TOP_K
 
 import shmroute
@@ -151,18 +150,9 @@ class Ranks:
     """So many processes that read the batch at the same time, as often as they are asked to."""
 
     def __init__(self, count: int, batch: Batch) -> None:
-        context = multiprocessing.get_context("spawn")
         # Kept: its semaphores lose their names with it, and children may not have opened them yet.
-        self._together = context.Barrier(count)
-        self._children = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            child = context.Process(
-                target=_serve, args=(theirs, self._together, batch), daemon=True
-            )
-            self._children.append((child, ours))
-            child.start()
-            theirs.close()
+        self._together = CONTEXT.Barrier(count)
+        self._children = PipedProcesses(count, _serve, self._together, batch, seconds=_SECONDS)
 
     def read(self, way: Way, *, afresh: bool) -> list[Reading]:
         """Have every rank read the batch once.
@@ -171,27 +161,15 @@ class Ranks:
         by is what it takes. Else it may take that again, as a process does that reads batch after
         batch.
         """
-        for _, ours in self._children:
-            ours.send((way, afresh))
-        return [self._answer(child, ours) for child, ours in self._children]
-
-    def _answer(self, child: Any, ours: Connection) -> Reading:
-        if not ours.poll(_SECONDS):
-            raise RuntimeError(f"a rank (pid {child.pid}) did not answer in {_SECONDS:.0f} s")
-        reading: Reading = ours.recv()
-        return reading
+        self._children.send((way, afresh))
+        return self._children.answers()
 
     def close(self) -> None:
         """End the processes."""
-        for child, _ in self._children:
-            child.terminate()
-        for child, ours in self._children:
-            child.join()
-            ours.close()
+        self._children.close()
 
 
 def _serve(parent: Connection, together: Barrier, batch: Batch) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks, or is gone itself
     torch.set_num_threads(1)  # as torchrun has it
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent was killed
         while True:

@@ -28,20 +28,18 @@ How
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from result_file import Row, exit_code, print_table, write
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from bench_command import main
+from result_file import Row
+from rich.progress import Progress
 from route_chains import EXPERTS, ROUTES, SGLANG, new_rid
 from store import capacity_for, scratch_arena
 from trainer_ranks import Batch, Ranks, Way, check_equal
@@ -55,7 +53,6 @@ NAMES: dict[Way, str] = {
     "int32": "arena, int32",
     "as stored, share": "arena, a quarter of the tokens",
 }
-RESULT = Path(__file__).parent / "results" / "trainer_read.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,47 +176,14 @@ def _rounded(value: float) -> float:
 # -- the command ---------------------------------------------------------------------------------
 
 
-def run(size: Size, console: Console) -> list[Row]:
-    columns: Iterable = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with (
-        Progress(*columns, console=console) as progress,
-        both_ways(size.records, progress) as batch,
-    ):
+def measured(quick: bool, progress: Progress) -> list[Row]:
+    size = QUICK if quick else FULL
+    with both_ways(size.records, progress) as batch:
         check_equal(batch)
         one = measure(1, batch, size.one, progress)
         eight = measure(8, batch, size.eight, progress)
     return list(figures(one, eight, size.records * TOKENS * ROUTES.row_bytes))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="PATH",
-        help="the result file; default: bench/results/trainer_read.json, with --quick none",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="a quarter of the records, under a minute"
-    )
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    rows = run(QUICK if options.quick else FULL, Console(stderr=True))
-    print_table(rows, "trainer's read")
-    path = options.json or (None if options.quick else RESULT)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        command = "python bench/trainer_read.py" + " --quick" * options.quick
-        write(path, "trainer_read", command, rows)
-    return exit_code(rows)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("trainer_read", __doc__, "a quarter of the records, under a minute", measured))

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+from bench_command import end_in_good_order
 from result_file import Row, exit_code, print_table, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -181,12 +182,12 @@ def _command(names: Sequence[str], seed: int, *, quick: bool) -> str:
 
 def main() -> int:
     options = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_in_good_order()
     names = options.campaigns or [*CAMPAIGNS]
     console = Console(stderr=True)
     console.print(f"seed {options.seed}")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    rows: list[Row] = []
+    rows = [Row("seed", options.seed, "")]
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task("", total=len(names))
         for name in names:

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     These load frameworks whose fork handlers end a child that has no descriptor left, which is
     what the store's tests make.
     """
-    items.sort(key=lambda item: (_has_engine(item), "replay" in item.path.parts))
+    items.sort(key=lambda item: (_has_engine(item), item.path.parent.name == "replay"))
 
 
 def _has_engine(item: pytest.Item) -> bool:
@@ -45,6 +45,11 @@ class Bench(subprocess.Popen[str]):
     def files(self) -> list[Path]:
         """What its arenas have in shared memory."""
         return list(SHM.glob(f"shmroute-*-{self._arena}-*"))
+
+    def children(self) -> list[int]:
+        """Process ids of what it started itself."""
+        said = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(child) for child in said.split()]
 
     def end(self) -> None:
         """Leave nothing of it."""

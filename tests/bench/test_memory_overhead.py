@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import result_file
 from engine_process import shared_memory_files
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def short(start_bench, tmp_path_factory):
+def short(short_run):
     """The result of a short run, by name, and what it left in shared memory."""
-    result = tmp_path_factory.mktemp("memory") / "memory.json"
     before = set(shared_memory_files())
-    process = start_bench("memory_overhead.py", "bench-memory-", "--quick", "--json", str(result))
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    written = json.loads(result.read_text())
-    result_file.validate(written)
+    rows = short_run("memory_overhead.py", "bench-memory-")["rows"]
     left = {name for name in set(shared_memory_files()) - before if "bench-memory-" in name}
-    return {row["name"]: row["value"] for row in written["rows"]}, left
+    return {row["name"]: row["value"] for row in rows}, left
 
 
 @pytest.mark.parametrize("way", ["off", "native", "arena"])

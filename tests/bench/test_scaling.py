@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 
 import pytest
-import result_file
 from engine_process import shared_memory_files
 from scaling import flat_up_to
 
@@ -22,15 +20,9 @@ FLAT_COSTS = {
 
 
 @pytest.fixture(scope="module")
-def short(start_bench, tmp_path_factory):
-    """The result of a short run."""
-    result = tmp_path_factory.mktemp("scaling") / "scaling.json"
-    process = start_bench("scaling.py", "bench-scaling", "--quick", "--json", str(result))
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    written = json.loads(result.read_text())
-    result_file.validate(written)
-    return written["rows"]
+def short(short_run):
+    """The rows of a short run."""
+    return short_run("scaling.py", "bench-scaling")["rows"]
 
 
 @pytest.mark.parametrize(("cost", "unit"), FLAT_COSTS.items())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
-import result_file
 from engine_process import shared_memory_files
 from memory_watch import MemoryWatch
 
@@ -26,41 +24,30 @@ WAYS = (
 
 
 @pytest.fixture(scope="module")
-def short(start_bench, tmp_path_factory):
-    """By name, the figures of a short run, and the result file."""
-    result = tmp_path_factory.mktemp("transports") / "transports.json"
-    process = start_bench("transports.py", "bench-store", "--quick", "--json", str(result))
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    written = json.loads(result.read_text())
-    return {row["name"]: row["value"] for row in written["rows"]}, written
-
-
-def test_the_result_file_is_complete(short):
-    result_file.validate(short[1])
+def short(short_run):
+    """By name, the figures of a short run, whose result file is complete."""
+    rows = short_run("transports.py", "bench-store")["rows"]
+    return {row["name"]: row["value"] for row in rows}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_is_measured_with_each_number_of_readers(short, way):
-    figures, _ = short
     for readers in ("1 reader", "2 readers"):
         named = f"1 MB, {readers}: {way}"
-        assert 0 < figures[f"{named}: producer, p50"] < figures[f"{named}: until it is read, p50"]
-        assert figures[f"{named}: bytes copied, of the record's"] >= 1
-        assert figures[f"{named}: own memory at most"] >= 0
+        assert 0 < short[f"{named}: producer, p50"] < short[f"{named}: until it is read, p50"]
+        assert short[f"{named}: bytes copied, of the record's"] >= 1
+        assert short[f"{named}: own memory at most"] >= 0
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_records_reach_the_other_reader_after_one_was_killed(short, way):
-    figures, _ = short
-    assert figures[f"a reader of two killed: {way}: later records read"] > 0
+    assert short[f"a reader of two killed: {way}: later records read"] > 0
 
 
 def test_a_killed_reader_costs_the_arena_nothing(short):
-    figures, _ = short
     killed = "a reader of two killed: arena"
-    assert figures[f"{killed}: the other can open the record once more"] == 1
-    assert figures[f"{killed}: left in shared memory"] == 0
+    assert short[f"{killed}: the other can open the record once more"] == 1
+    assert short[f"{killed}: left in shared memory"] == 0
 
 
 def test_interrupted_it_leaves_neither_processes_nor_files(start_bench):
@@ -68,7 +55,7 @@ def test_interrupted_it_leaves_neither_processes_nor_files(start_bench):
     process = start_bench("transports.py", "bench-store", "--quick")
     while not any("bench-transports-" in name for name in set(shared_memory_files()) - before):
         assert process.poll() is None
-    children = children_of(process.pid)
+    children = process.children()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGINT
@@ -76,10 +63,6 @@ def test_interrupted_it_leaves_neither_processes_nor_files(start_bench):
     assert not {name for name in left if "bench-transports-" in name or "bench-store-" in name}
     assert children
     assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_the_memory_watch_sees_what_is_taken_and_given_back():

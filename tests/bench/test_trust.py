@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,20 @@ def test_no_campaign_means_all_and_an_unknown_one_is_named(capsys) -> None:
     with pytest.raises(SystemExit):
         trust._arguments(["modell"])
     assert "modell" in capsys.readouterr().err
+
+
+def test_ended_in_the_background_of_a_shell_its_tests_end_too(start_bench) -> None:
+    """There SIGINT is ignored, which children inherit; the campaign would take many minutes."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = start_bench("trust.py", "bench-trust", "model")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not process.children():
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = process.children()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
