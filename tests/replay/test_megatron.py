@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -82,18 +80,10 @@ def _one_stage(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def sequences_of() -> Iterator[Callable[[RouteLayout], Sequences]]:
-    name = f"t{os.getpid()}-{secrets.token_hex(3)}"
-    made: list[Arena] = []
-
-    def make(layout: RouteLayout) -> Sequences:
-        made.append(Arena.create(name, layout, capacity="2MiB", slots=32))
-        return Sequences(made[-1], layout)
-
-    yield make
-    for arena in made:
-        arena.close()
-    shmroute.reap(name, force=True)
+def sequences_of(
+    make_arena: Callable[[RouteLayout], Arena],
+) -> Callable[[RouteLayout], Sequences]:
+    return lambda layout: Sequences(make_arena(layout), layout)
 
 
 @pytest.fixture

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 
 import pytest
 from peer_process import ROOT, PeerProcess
-from rollouts import LAYOUT, NUM_LAYERS, TOP_K, WIDE, rollout
-
-import shmroute
-from shmroute import Arena
+from rollouts import NUM_LAYERS, TOP_K, rollout
 
 
 @pytest.fixture(scope="module")
@@ -19,31 +15,6 @@ def miles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerProcess]:
     process = PeerProcess(ROOT / ".venv/miles/bin/python", "miles_cases.py", errors)
     yield process
     process.end()
-
-
-@pytest.fixture(params=[LAYOUT, WIDE], ids=["128 experts", "512 experts"])
-def layout(request):
-    return request.param
-
-
-@pytest.fixture
-def make_arena() -> Iterator[object]:
-    name = f"miles-{secrets.token_hex(4)}"
-    made = []
-
-    def make(layout=LAYOUT) -> Arena:
-        made.append(Arena.create(name, layout, capacity="2MiB", slots=16))
-        return made[-1]
-
-    yield make
-    for arena in made:
-        arena.close()
-    shmroute.reap(name, force=True)
-
-
-@pytest.fixture
-def arena(make_arena) -> Arena:
-    return make_arena()
 
 
 @pytest.mark.parametrize("ends", [[20], [8, 9, 20], [400]], ids=str)

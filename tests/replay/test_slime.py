@@ -8,19 +8,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
-import secrets
 import sys
 import types
 from argparse import Namespace
-from collections.abc import Iterator
 
 import pytest
 import torch
 from documented_slime import RoutingReplay, Sample, of_rank, sent_to_trainer
 from rollouts import LAYOUT, NUM_LAYERS, TOP_K, WIDE, rollout
 
-import shmroute
-from shmroute import Arena, InvalidTicket, LayoutMismatch, ReplayError, RouteGone, ShmRouteReader
+from shmroute import InvalidTicket, LayoutMismatch, ReplayError, RouteGone, ShmRouteReader
 from shmroute.replay import slime
 from shmroute.replay.lazy_tensor import LazyRoutes
 
@@ -42,26 +39,6 @@ def slime_modules(monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     yield rollout_module.sglang_rollout
     RoutingReplay.lazy_resources = []
-
-
-@pytest.fixture
-def make_arena() -> Iterator[object]:
-    name = f"slime-{secrets.token_hex(4)}"
-    made = []
-
-    def make(layout=LAYOUT) -> Arena:
-        made.append(Arena.create(name, layout, capacity="2MiB", slots=16))
-        return made[-1]
-
-    yield make
-    for arena in made:
-        arena.close()
-    shmroute.reap(name, force=True)
-
-
-@pytest.fixture
-def arena(make_arena) -> Arena:
-    return make_arena()
 
 
 def sample_of(turns, routes=slime.with_routes) -> Sample:

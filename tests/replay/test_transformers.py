@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -325,25 +324,13 @@ def test_rows_may_be_arrays_of_any_integer_dtype(model, tokens, dtype: type) -> 
             assert torch.equal(routed_as(model, input_ids=tokens), routes)
 
 
-@pytest.fixture
-def make_arena() -> Iterator[Callable[[int], shmroute.Arena]]:
-    name = f"replay-{secrets.token_hex(4)}"
-    made: list[shmroute.Arena] = []
-
-    def make(num_experts: int) -> shmroute.Arena:
-        layout = RouteLayout(num_experts, TOP_K, layer_ids=range(3), model="tiny")
-        made.append(shmroute.Arena.create(name, layout, capacity="1MiB", slots=8))
-        return made[-1]
-
-    yield make
-    for arena in made:
-        arena.close()
-    shmroute.reap(name, force=True)
+def layout_of(num_experts: int) -> RouteLayout:
+    return RouteLayout(num_experts, TOP_K, layer_ids=range(3), model="tiny")
 
 
 @pytest.fixture
-def arena(make_arena: Callable[[int], shmroute.Arena]) -> shmroute.Arena:
-    return make_arena(EXPERTS)
+def arena(make_arena: Callable[[RouteLayout], shmroute.Arena]) -> shmroute.Arena:
+    return make_arena(layout_of(EXPERTS))
 
 
 def write(arena: shmroute.Arena, rid: str, rows: torch.Tensor, start: int = 0) -> bytes:
@@ -369,7 +356,7 @@ def test_a_record_and_a_batch_of_records_are_replayed_as_they_are_read(model, ar
 def test_records_of_layers_with_another_number_of_experts_are_refused(
     model, make_arena, read
 ) -> None:
-    arena = make_arena(2 * EXPERTS)
+    arena = make_arena(layout_of(2 * EXPERTS))
     ticket = write(arena, "rid", other_routes(3))  # whose ids all exist in this model, too
     with pytest.raises(ReplayError, match=rf"with {2 * EXPERTS} experts, .* have \[{EXPERTS}\]"):
         with replay_routes(model, read(ticket)):

@@ -5,7 +5,6 @@ batch and router replay.
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,10 +12,7 @@ from pathlib import Path
 
 import pytest
 from peer_process import ROOT, PeerProcess
-from rollouts import LAYOUT, TOP_K, WIDE, rollout
-
-import shmroute
-from shmroute import Arena
+from rollouts import TOP_K, rollout
 
 
 @pytest.fixture(scope="module")
@@ -25,31 +21,6 @@ def verl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerProcess]:
     process = PeerProcess(Path(sys.executable), "verl_cases.py", errors)
     yield process
     process.end()
-
-
-@pytest.fixture(params=[LAYOUT, WIDE], ids=["128 experts", "512 experts"])
-def layout(request):
-    return request.param
-
-
-@pytest.fixture
-def make_arena() -> Iterator[object]:
-    name = f"verl-{secrets.token_hex(4)}"
-    made = []
-
-    def make(layout=LAYOUT) -> Arena:
-        made.append(Arena.create(name, layout, capacity="2MiB", slots=16))
-        return made[-1]
-
-    yield make
-    for arena in made:
-        arena.close()
-    shmroute.reap(name, force=True)
-
-
-@pytest.fixture
-def arena(make_arena) -> Arena:
-    return make_arena()
 
 
 @pytest.mark.parametrize("tokens", [4, 27])
