@@ -5,7 +5,8 @@ decode graph one kernel does, see ``decode_graphs``) and replaces what comes aft
 copy to a host cache at each step, one scatter into the route table.
 
 Every rank has one, since models branch on whether a capturer exists. Only the owner (pipeline,
-attention-TP and attention-CP rank 0) has a table and an arena; the others capture nothing.
+attention-TP and attention-CP rank 0) has a table and an arena; the others capture nothing. That
+is right because the backends whose capture is a collective, all-to-all ones, are refused.
 
 With DP attention that is one owner a DP rank, and MoE layers run on the tokens of all ranks, so
 that each rank captures everybody's routes, rank after rank::

@@ -7,7 +7,9 @@ them on and off while the engine runs, and through which they report.
 renamed      ``FAULT_SITE`` has another name, in the process that ``FAULT_IN`` says:
              ``launcher`` or ``scheduler``
 perturbed    routes depend on the KV location, too: equal tokens at different locations
-             differ, as they may on a GPU
+             differ, as they may on a GPU; while the file ``salt`` exists (JSON ``{by}``), on that
+             number, too
+lost         while the file ``lost`` exists, a forward's routes do not get into the table
 late         while the file ``late`` exists, KV locations are read at the end of the step
              instead of in the hook
 altered      the next record of ``rows`` rows (file ``alter``: JSON ``{rows, row, layer}``) has
@@ -39,7 +41,7 @@ def register() -> None:
     if "renamed" in faults and process == os.environ["FAULT_IN"]:
         _rename(os.environ["FAULT_SITE"])
     if process == "scheduler":
-        for fault in ("perturbed", "late", "altered", "unsealed", "unfenced", "short"):
+        for fault in ("perturbed", "lost", "late", "altered", "unsealed", "unfenced", "short"):
             if fault in faults:
                 globals()[f"_{fault}"]()
 
@@ -73,11 +75,26 @@ def _perturbed() -> None:
     def by_location(self: Any, forward_batch: Any, *arguments: Any, **options: Any) -> Any:
         captured = original(self, forward_batch, *arguments, **options)
         locations = forward_batch.out_cache_loc[: len(captured), None, None]
+        salt = json.loads(_flag("salt").read_text())["by"] if _flag("salt").exists() else 0
         # In the capture buffer: the native path, which comes first, and shmroute read the same.
-        captured.add_(locations.to(captured.dtype)).remainder_(int(os.environ["FAULT_EXPERTS"]))
+        captured.add_(locations.to(captured.dtype) + salt)
+        captured.remainder_(int(os.environ["FAULT_EXPERTS"]))
         return captured
 
     RoutedExpertsCapturer._get_local_slice = by_location
+
+
+def _lost() -> None:
+    from sglang_bridge.table import RouteTable
+
+    scatter = RouteTable.scatter
+
+    def losing(self: Any, *arguments: Any) -> None:
+        if _flag("lost").exists():
+            raise RuntimeError("fault_plugin: these routes are lost")
+        scatter(self, *arguments)
+
+    RouteTable.scatter = losing
 
 
 def _late() -> None:

@@ -44,6 +44,7 @@ def served(
     )
     env = faults.env(
         "perturbed",
+        "lost",
         "unfenced",
         "short",
         FAULT_EXPERTS=str(EXPERTS),
@@ -280,3 +281,30 @@ def test_the_rows_of_a_prefill_longer_than_the_capture_buffer_are_missing(
         assert len(served.routes(served.generate(served.prompt(600))).rows) == 600 + 24 - 1
     assert "a forward of 600 tokens, and the capture buffer holds 400" in served.log()
     assert served.counters()["hook_errors"] == 1
+
+
+def test_rows_of_a_former_occupant_with_the_same_tokens_at_the_same_positions_are_not_given(
+    served: Traffic, faults: FaultPlugin
+) -> None:
+    """Its tags would fit: the later one's forward writes its own rows, or none are left."""
+    prompt, before = served.prompt(60), served.counters()
+
+    def occupy(salt: int) -> Reply:
+        """At the same locations, since the pool is empty; what experts are chosen is the salt's."""
+        served.post("/flush_cache?timeout=30", {})
+        faults.turn_on("salt", by=salt)
+        try:
+            return served.generate(prompt, max_new_tokens=1)
+        finally:
+            faults.turn_off("salt")
+
+    with no_row_is_wrong(served, missing=60):
+        former, later = (served.routes(occupy(salt)).rows for salt in (1, 2))
+        assert ((later.astype(int) - former) % EXPERTS == 1).all()
+        faults.turn_on("lost")
+        try:
+            last = occupy(3)
+        finally:
+            faults.turn_off("lost")
+        assert missing_rows(served, last) == ((0, 60),)
+    assert served.counters()["hook_errors"] == before["hook_errors"] + 1
