@@ -33,6 +33,7 @@ from .sequences import Joined
 if TYPE_CHECKING:
     import torch
 
+    from .layout import RouteLayout
     from .padding import Pad
     from .transfer import Rows
 
@@ -91,6 +92,7 @@ def read_batch(
     pad: Pad | None = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
     arena: str | None = None,
     timeout: float = 5.0,
     allow_missing: bool = False,
@@ -134,9 +136,14 @@ def read_batch(
 
         None: rows only, ``record.tokens`` of each.
     device
-        None: the CPU.
+        None: that of ``out``, else the CPU.
     dtype
-        ``torch.int32`` or ``torch.int64``; None: as stored, uint8 or uint16.
+        ``torch.int32`` or ``torch.int64``; None: that of ``out``, else as stored, uint8 or uint16.
+    out
+        Memory for the rows: contiguous ``[at least the batch's rows, layers, top_k]``, of which
+        ``rows`` of the result are the first. One that is long enough for every batch spares a read
+        to the CPU the page faults of new memory. An error may leave it half filled; what the
+        current stream is still to do with it comes first. None: new memory.
     arena
         See ``ShmRouteReader``.
     timeout
@@ -153,7 +160,7 @@ def read_batch(
         The records are of models with other layers, experts or top-k.
     ValueError
         No source, the same record twice, turns that leave a gap, or layers, tokens, a pad, a
-        device or a dtype that cannot be.
+        device, a dtype or an ``out`` that cannot be.
     ShmRouteError
         What ``ShmRouteReader`` raises for the first source that cannot be opened.
 
@@ -170,6 +177,8 @@ def read_batch(
     """
     from . import padding
 
+    if out is not None:
+        device, dtype = _as_out(out, device, dtype)
     where = _device(device)
     _check_dtype(dtype)
     padding.check(pad, dtype)
@@ -182,7 +191,7 @@ def read_batch(
         )
     records = Records(sources, arena, timeout, allow_missing)
     try:
-        return _packed(records, layers, tokens, pad, where, dtype)
+        return _packed(records, layers, tokens, pad, where, dtype, out)
     except BaseException as error:
         # Frames of the traceback hold views, which hold leases, for as long as it is kept.
         traceback.clear_frames(error.__traceback__)
@@ -216,6 +225,7 @@ def _packed(
     pad: Pad | None,
     device: torch.device,
     dtype: torch.dtype | None,
+    out: torch.Tensor | None,
 ) -> RouteBatch:
     import torch
 
@@ -225,6 +235,8 @@ def _packed(
     chosen = selection.positions(layers, len(layout.layer_ids))
     joined = records.sequences()
     cut = _cut(joined, records, tokens, pad)
+    if out is not None:
+        out = _first_rows(out, (cut.rows, len(chosen), layout.top_k), dtype, layout)
     placed: list[tuple[Record, list[Run]]] = []
     rows = transfer.pack(
         _rows_of(records, sequences.places(joined, cut), placed),
@@ -233,6 +245,7 @@ def _packed(
         layout=layout,
         device=device,
         dtype=dtype,
+        out=out,
     )
     missing = _missing(placed)
     return RouteBatch(
@@ -321,6 +334,38 @@ def _device(device: Any) -> torch.device:
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device {where}: routes are read to the CPU or to a CUDA device")
     return where
+
+
+def _as_out(
+    out: Any, device: Any, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype | None]:
+    """Device and dtype of a result that goes into ``out``; the dtype is None where as stored."""
+    import torch
+
+    if not isinstance(out, torch.Tensor) or out.dim() != 3 or not out.is_contiguous():
+        shown = type(out).__name__
+        if isinstance(out, torch.Tensor):
+            shown = f"{tuple(out.shape)}, strides {out.stride()}"
+        raise ValueError(f"out is {shown}: give a contiguous tensor [rows, layers, top_k]")
+    if device is not None and _device(device) != out.device:
+        raise ValueError(f"out is on {out.device}, device says {device}")
+    if dtype not in (None, out.dtype):
+        raise ValueError(f"out is {out.dtype}, dtype says {dtype}")
+    return out.device, None if out.dtype in (torch.uint8, torch.uint16) else out.dtype
+
+
+def _first_rows(
+    out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, layout: RouteLayout
+) -> torch.Tensor:
+    """The part of ``out`` that a batch fills."""
+    stored = str(out.dtype).removeprefix("torch.")
+    if dtype is None and stored != layout.dtype.name:
+        raise ValueError(
+            f"out is {stored}, the records are {layout.dtype.name}: give that, int32 or int64"
+        )
+    if len(out) < shape[0] or out.shape[1:] != shape[1:]:
+        raise ValueError(f"out is {tuple(out.shape)}, the batch {shape}: it needs as many rows")
+    return out[: shape[0]]
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

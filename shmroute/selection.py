@@ -21,30 +21,36 @@ def positions(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]
     Raises
     ------
     ValueError
-        None at all, one twice, or one that is not there. A slice may not reach beyond the
-        end, as Python's may: a pipeline stage would get fewer layers than it has.
+        None at all, one twice, one that is not there, or what is no integer. A slice may not
+        reach beyond the end, as Python's may: a pipeline stage would get fewer layers than it has.
     """
+    try:
+        chosen = _chosen(layers, count)
+    except TypeError as error:
+        raise ValueError(f"layers {layers}: give integers, 0 to {count - 1}: {error}") from error
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"layers {layers} are none at all, or hold one twice: {list(chosen)}")
+    return chosen
+
+
+def _chosen(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]:
     if layers is None:
         return range(count)
     if isinstance(layers, slice):
         bounds = [bound for bound in (layers.start, layers.stop) if bound is not None]
         if any(not -count <= operator.index(bound) <= count for bound in bounds):
             raise ValueError(f"layers {layers} of records with {count} MoE layers")
-        chosen: Sequence[int] = range(count)[layers]
-    else:
-        if isinstance(layers, int):
-            raise ValueError(f"layers {layers}: give several positions, or [{layers}] for one")
-        wanted = list(layers)
-        if any(map(_is_bool, wanted)):
-            # As integers they would be layers 0 and 1.
-            raise ValueError(f"layers {layers} are a mask: give positions, 0 to {count - 1}")
-        asked = [operator.index(position) for position in wanted]
-        if any(not -count <= position < count for position in asked):
-            raise ValueError(f"layers {asked} of records with {count} MoE layers")
-        chosen = [position % count for position in asked]
-    if not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers {layers} are none at all, or hold one twice: {list(chosen)}")
-    return chosen
+        return range(count)[layers]
+    if isinstance(layers, int):
+        raise ValueError(f"layers {layers}: give several positions, or [{layers}] for one")
+    wanted = list(layers)
+    if any(map(_is_bool, wanted)):
+        # As integers they would be layers 0 and 1.
+        raise ValueError(f"layers {layers} are a mask: give positions, 0 to {count - 1}")
+    asked = [operator.index(position) for position in wanted]
+    if any(not -count <= position < count for position in asked):
+        raise ValueError(f"layers {asked} of records with {count} MoE layers")
+    return [position % count for position in asked]
 
 
 def _is_bool(position: object) -> bool:

@@ -60,6 +60,7 @@ def pack(
     layout: RouteLayout,
     device: torch.device,
     dtype: torch.dtype | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Put layers of records into one tensor, each record's row ranges at their places.
 
@@ -77,39 +78,42 @@ def pack(
         The CPU, or a CUDA device with its index.
     dtype
         int32, int64, or None: as stored, uint8 or uint16.
+    out
+        None, or memory for the result: contiguous, of the result's shape, dtype and device.
 
     Returns
     -------
     torch.Tensor
-        ``[rows, sum of the layers, top_k]``, contiguous. On a CUDA device the copies may still
-        be in flight: the current stream is behind them.
+        ``[rows, sum of the layers, top_k]``, contiguous; ``out`` where it is given. On a CUDA
+        device the copies may still be in flight: the current stream is behind them.
 
     Raises
     ------
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    word, width, columns = _in_words(tuple(layers), layout)
-    if device.type != "cpu":
-        with torch.cuda.device(device.index):
-            packed = torch.empty((rows, _width(columns)), dtype=word, device=device)
-            _gather(records, width, columns, packed)
-        ids = _widened(packed, layout, dtype)
-    elif dtype is None:
-        packed = _in_huge_pages(rows, _width(columns), word)
-        for _, source, to in _placed(records, width, _Heaps(word)):
-            _copy(source, columns, _Block.of(packed, to, source.rows))
-        ids = _as_stored(packed, layout)
+    word, width, columns = _in_words(tuple(layers), layout, 8 if out is None else _alignment(out))
+    shape = rows, _width(layers), layout.top_k
+    if dtype is None:
+        packed = _memory(out, rows, _width(columns), word, device)
+        _pack(records, width, columns, packed)
+        return _as_stored(packed, layout).view(shape)
+    widened = _memory(out, rows, shape[1] * shape[2], dtype, device)
+    if device.type == "cpu":
+        _pack_and_widen(records, width, columns, word, widened, layout)
     else:
-        ids = _packed_and_widened(records, width, columns, word, rows, layout, dtype)
-    return ids.view(rows, _width(layers), layout.top_k)
+        packed = _memory(None, rows, _width(columns), word, device)
+        _pack(records, width, columns, packed)
+        _widen(packed, widened, layout)
+    return widened.view(shape)
 
 
 class _Block(NamedTuple):
     """Rows of ``width`` words, one behind the other, from a place in a tensor.
 
     No tensor of its own: ``as_strided`` cuts what is copied out of the whole heap in one call,
-    where making a tensor of each record and then its columns takes five.
+    where making a tensor of each record and then its columns takes five. ``first`` counts words
+    from the beginning of the tensor's storage, as ``as_strided`` does.
     """
 
     memory: torch.Tensor
@@ -121,7 +125,7 @@ class _Block(NamedTuple):
     def of(cls, memory: torch.Tensor, first: int, rows: int) -> _Block:
         """Rows ``[first, first + rows)`` of a contiguous tensor."""
         width = memory.shape[1]
-        return cls(memory, first * width, rows, width)
+        return cls(memory, memory.storage_offset() + first * width, rows, width)
 
     def columns(self, first: int, end: int) -> torch.Tensor:
         """``[rows, end - first]``."""
@@ -145,26 +149,48 @@ def _placed(
             yield rows, _Block(memory, place + first * width, end - first, width), to
 
 
-def _packed_and_widened(
+def _memory(
+    out: torch.Tensor | None, rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Memory for ``[rows, width]``: that of ``out``, or new."""
+    if out is not None:
+        return out.view(-1).view(dtype).view(rows, width)
+    if device.type == "cpu":
+        return _in_huge_pages(rows, width, dtype)
+    return torch.empty((rows, width), dtype=dtype, device=device)
+
+
+def _pack(
+    records: Iterable[tuple[Rows, Sequence[Run]]],
+    width: int,
+    columns: Sequence[Run],
+    packed: torch.Tensor,
+) -> None:
+    """Fill a tensor of words."""
+    if packed.device.type != "cpu":
+        with torch.cuda.device(packed.device.index):
+            _gather(records, width, columns, packed)
+        return
+    for _, source, to in _placed(records, width, _Heaps(packed.dtype)):
+        _copy(source, columns, _Block.of(packed, to, source.rows))
+
+
+def _pack_and_widen(
     records: Iterable[tuple[Rows, Sequence[Run]]],
     width: int,
     columns: Sequence[Run],
     word: torch.dtype,
-    rows: int,
+    widened: torch.Tensor,
     layout: RouteLayout,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Ids on the CPU, as ``dtype``."""
-    row_bytes = _width(columns) * word.itemsize
-    widened = _in_huge_pages(rows, row_bytes // layout.dtype.itemsize, dtype)
-    at_once = max(1, _CACHED_BYTES // row_bytes)
-    piece = torch.empty((min(at_once, rows), _width(columns)), dtype=word)
+) -> None:
+    """Fill a tensor of ids on the CPU."""
+    at_once = max(1, _CACHED_BYTES // (_width(columns) * word.itemsize))
+    piece = torch.empty((min(at_once, len(widened)), _width(columns)), dtype=word)
     for _, source, to in _placed(records, width, _Heaps(word)):
         for first in range(0, source.rows, at_once):
             part = source.part(first, min(first + at_once, source.rows))
             _copy(part, columns, _Block.of(piece, 0, part.rows))
             _widen(piece[: part.rows], widened[to + first : to + first + part.rows], layout)
-    return widened
 
 
 class _Heaps(dict[AttachedArena, torch.Tensor]):
@@ -230,14 +256,21 @@ def _copy(source: _Block, columns: Sequence[Run], target: _Block) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _in_words(
-    runs: tuple[Run, ...], layout: RouteLayout
+    runs: tuple[Run, ...], layout: RouteLayout, widest: int
 ) -> tuple[torch.dtype, int, tuple[Run, ...]]:
-    """The widest word that rows and runs are whole numbers of; a row and the runs counted in it."""
+    """The widest word, up to so many bytes, that rows and runs are whole numbers of; a row and the
+    runs counted in it.
+    """
     layer_bytes = layout.top_k * layout.dtype.itemsize
     in_bytes = [Run(*(layer_bytes * position for position in run)) for run in runs]
-    size = math.gcd(8, layout.row_bytes, *(place for run in in_bytes for place in run))
+    size = math.gcd(widest, layout.row_bytes, *(place for run in in_bytes for place in run))
     columns = tuple(Run(*(place // size for place in run)) for run in in_bytes)
     return _WORDS[size], layout.row_bytes // size, columns
+
+
+def _alignment(memory: torch.Tensor) -> int:
+    """The widest word, in bytes, that a tensor can be seen in."""
+    return math.gcd(8, memory.data_ptr(), memory.storage_offset() * memory.element_size())
 
 
 def _width(runs: Sequence[Run]) -> int:
@@ -292,15 +325,6 @@ class _Mapped:
 
 def _as_stored(packed: torch.Tensor, layout: RouteLayout) -> torch.Tensor:
     return packed.view(torch.uint8 if layout.dtype.itemsize == 1 else torch.uint16)
-
-
-def _widened(packed: torch.Tensor, layout: RouteLayout, dtype: torch.dtype | None) -> torch.Tensor:
-    ids = _as_stored(packed, layout)
-    if dtype is None:
-        return ids
-    widened = torch.empty(ids.shape, dtype=dtype, device=ids.device)
-    _widen(packed, widened, layout)
-    return widened
 
 
 def _widen(packed: torch.Tensor, widened: torch.Tensor, layout: RouteLayout) -> None:

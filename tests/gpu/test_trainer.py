@@ -118,6 +118,23 @@ def test_layers_on_the_gpu_equal_those_of_the_rows(filled, layers, dtype):
     assert exact(batch.rows, np.concatenate([record.rows[:, layers] for record in records]))
 
 
+@pytest.mark.parametrize("dtype", [None, torch.int32])
+@pytest.mark.parametrize("layers", [None, slice(1, 3)], ids=["all", "some"])
+def test_rows_go_into_memory_of_the_gpu_that_is_given(filled, layout, layers, dtype):
+    _, records = filled
+    tickets = [record.ticket for record in records]
+    expected = read_batch(tickets, layers=layers, dtype=dtype, pad="distinct")
+    shape = len(expected.rows) + 2, *expected.rows.shape[1:]
+    memory = torch.full(shape, 77, dtype=torch.int32).to(expected.rows.dtype).to("cuda")
+    out = memory[1:]  # does not begin where its memory does
+    batch = read_batch(tickets, layers=layers, pad="distinct", out=out)
+    assert batch.rows.data_ptr() == out.data_ptr()
+    assert exact(batch.rows, expected.rows.numpy())
+    beside = memory.cpu().numpy()
+    assert (beside[0] == 77).all()
+    assert (beside[-1] == 77).all()
+
+
 RANKS = [
     {"cp_size": 2, "batch_multiple": 128},
     {"cp_size": 4, "sp_size": 2, "sequence_multiple": 16},

@@ -161,7 +161,23 @@ def test_layers_are_positions_on_axis_1(make_arena, layers):
 
 @pytest.mark.parametrize(
     "layers",
-    [slice(2, 2), slice(4, 8), slice(2, 5), slice(-5, 2), [], [4], [-5], [1, 1], [1, -3]],
+    [
+        slice(2, 2),
+        slice(4, 8),
+        slice(2, 5),
+        slice(-5, 2),
+        slice(0.0, 2),
+        slice(0, 2, 1.0),
+        [],
+        [4],
+        [-5],
+        [1, 1],
+        [1, -3],
+        [0.0],
+        ["0"],
+        [None],
+        1.5,
+    ],
 )
 def test_layers_that_cannot_be_are_refused_with_figures(arena, tickets, layers):
     with pytest.raises(ValueError, match="layers"):
@@ -184,6 +200,74 @@ def test_a_single_position_is_refused(tickets):
 
 def test_neighbouring_layers_are_read_as_one_run():
     assert selection.runs([2, 3, 4, 0, 7, 8]) == ((0, 2, 5), (3, 0, 1), (4, 7, 9))
+
+
+# -- memory of the caller's --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, WIDE, WIDEST], ids=["uint8", "uint16", "65536"])
+@pytest.mark.parametrize("dtype", [None, torch.int32, torch.int64])
+@pytest.mark.parametrize("layers", [None, slice(1, 3), [3, 0]], ids=["all", "neighbours", "two"])
+def test_rows_go_into_memory_that_is_given(make_arena, layout, dtype, layers):
+    arena = make_arena(layout)
+    tickets = [add(arena, rid, tokens=tokens).ticket for rid, tokens in (("a", 150), ("b", 61))]
+    expected = read_batch(tickets, layers=layers, dtype=dtype, pad="distinct")
+    spare = 3
+    shape = len(expected.rows) + spare, *expected.rows.shape[1:]
+    out = torch.full(shape, 77, dtype=torch.int64).to(expected.rows.dtype)
+    batch = read_batch(tickets, layers=layers, pad="distinct", out=out)
+    assert batch.rows.data_ptr() == out.data_ptr()
+    assert batch.rows.dtype == expected.rows.dtype
+    assert np.array_equal(batch.rows.numpy(), expected.rows.numpy())
+    assert batch.cu_seqlens.tolist() == expected.cu_seqlens.tolist()
+    assert (out.numpy()[-spare:] == 77).all(), "rows behind the batch were written"
+
+
+def test_memory_that_is_long_enough_serves_batch_after_batch(records, tickets):
+    out = torch.empty((40, 4, 8), dtype=torch.int32)
+    for some in (tickets, tickets[:1], tickets[1:]):
+        batch = read_batch(some, out=out)
+        assert torch.equal(batch.rows, read_batch(some, dtype=torch.int32).rows)
+
+
+@pytest.mark.parametrize("first", range(9))
+def test_memory_may_begin_anywhere(records, tickets, first):
+    memory = torch.empty(first + 30 * 32, dtype=torch.uint8)
+    within = memory[first:].view(30, 4, 8)
+    alone = torch.from_numpy(memory.numpy()[first:]).view(30, 4, 8)
+    for out in (within, alone):
+        assert torch.equal(read_batch(tickets, out=out.fill_(255)).rows, read_batch(tickets).rows)
+
+
+def test_a_batch_of_no_rows_takes_nothing_of_the_memory(arena):
+    nothing = arena.inline("a", pattern("r", 0, 5)[:0])
+    out = torch.full((2, 4, 8), 7, dtype=torch.uint8)
+    assert read_batch([nothing], out=out).rows.shape == (0, 4, 8)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        (np.empty((30, 4, 8), np.uint8), {}, r"give a contiguous tensor \[rows, layers, top_k\]"),
+        (torch.empty(30, 32, dtype=torch.uint8), {}, r"out is \(30, 32\), strides \(32, 1\)"),
+        (torch.empty(30, 4, 16, dtype=torch.uint8)[..., :8], {}, r"strides \(64, 16, 1\)"),
+        (torch.empty(29, 4, 8, dtype=torch.uint8), {}, r"\(29, 4, 8\), the batch \(30, 4, 8\)"),
+        (torch.empty(30, 3, 8, dtype=torch.uint8), {}, r"\(30, 3, 8\), the batch \(30, 4, 8\)"),
+        (torch.empty(30, 4, 8, dtype=torch.uint8), {"layers": [0]}, r"the batch \(30, 1, 8\)"),
+        (torch.empty(30, 4, 8, dtype=torch.uint16), {}, "out is uint16, the records are uint8"),
+        (torch.empty(30, 4, 8, dtype=torch.int8), {}, "int8"),
+        (torch.empty(30, 4, 8, dtype=torch.int32), {"dtype": torch.int64}, "dtype says"),
+        (torch.empty(30, 4, 8, dtype=torch.uint8), {"dtype": torch.int32}, "dtype says"),
+        (torch.empty(30, 4, 8, dtype=torch.int32, device="meta"), {}, "device meta"),
+        (torch.empty(30, 4, 8, dtype=torch.int32), {"device": "meta"}, "device meta"),
+        (torch.empty(30, 4, 8, dtype=torch.uint8), {"pad": "minus_one"}, "pad='minus_one'"),
+    ],
+)
+def test_memory_that_cannot_hold_the_batch_is_refused(arena, tickets, out, options, message):
+    with pytest.raises(ValueError, match=message):
+        read_batch(tickets, out=out, **options)
+    assert leases_on(arena) == 0
 
 
 # -- leases ------------------------------------------------------------------------------------
