@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import time
 from collections.abc import Callable
@@ -24,7 +25,16 @@ from route_chains import LAYERS, SGLANG, TOP_K
 
 import shmroute
 
-Way = Literal["native", "native, one by one", "as stored", "int32", "as stored, share"]
+Way = Literal[
+    "native",
+    "native, one by one",
+    "native, kept memory",
+    "as stored",
+    "int32",
+    "as stored, share",
+    "as stored, kept memory",
+    "int32, kept memory",
+]
 
 STAGE = slice(12, 24)  # the second of four pipeline stages
 SHARE = shmroute.Partition(cp_rank=1, cp_size=2, sp_rank=0, sp_size=2, batch_multiple=256)
@@ -36,14 +46,18 @@ AtMost = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Where the same records lie for both ways: tickets, and files of base64 of int32."""
+    """Where the same records lie for both ways: tickets, and files of base64 of int32.
+
+    ``tokens``: rows of each record, all alike; needed for the ways with kept memory.
+    """
 
     tickets: list[bytes]
     texts: list[Path]
+    tokens: int = 0
 
     def of_first(self, count: int) -> Batch:
         """Those records alone."""
-        return Batch(self.tickets[:count], self.texts[:count])
+        return Batch(self.tickets[:count], self.texts[:count], self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +107,29 @@ def native_one_by_one(batch: Batch, at_most: AtMost) -> torch.Tensor:
     return packed
 
 
+def native_kept(batch: Batch, at_most: AtMost) -> torch.Tensor:
+    """The same, into the tensor of the batch before."""
+    packed = _kept("native, kept memory", batch, torch.int32)
+    at = 0
+    for text in batch.texts:
+        rows = _decoded(text)[:, STAGE]
+        packed.numpy()[at : at + len(rows)] = rows
+        packed[at + len(rows)] = torch.arange(TOP_K, dtype=torch.int32)
+        at += len(rows) + 1
+    at_most()
+    return packed
+
+
+def _kept(way: Way, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """What the process keeps from batch to batch; a sequence's last token has a row, too."""
+    return _memory_of_a_stage(way, len(batch.tickets) * (batch.tokens + 1), dtype)
+
+
+@functools.cache
+def _memory_of_a_stage(_way: Way, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((rows, len(range(LAYERS)[STAGE]), TOP_K), dtype=dtype)
+
+
 def _decoded(text: Path) -> Any:
     """The rows; the text is read where the kernel holds it, and no memory of the rank."""
     with (
@@ -116,10 +153,11 @@ def from_arena(
     at_most: AtMost,
     dtype: torch.dtype | None = None,
     tokens: shmroute.Partition | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``read_batch``."""
     packed = shmroute.read_batch(
-        batch.tickets, layers=STAGE, tokens=tokens, pad="distinct", dtype=dtype
+        batch.tickets, layers=STAGE, tokens=tokens, pad="distinct", dtype=dtype, out=out
     )
     at_most()
     return packed.rows
@@ -128,9 +166,16 @@ def from_arena(
 _WAYS: dict[Way, Callable[[Batch, AtMost], torch.Tensor]] = {
     "native": native,
     "native, one by one": native_one_by_one,
+    "native, kept memory": native_kept,
     "as stored": from_arena,
     "int32": lambda batch, at_most: from_arena(batch, at_most, torch.int32),
     "as stored, share": lambda batch, at_most: from_arena(batch, at_most, None, SHARE),
+    "as stored, kept memory": lambda batch, at_most: from_arena(
+        batch, at_most, out=_kept("as stored, kept memory", batch, torch.uint8)
+    ),
+    "int32, kept memory": lambda batch, at_most: from_arena(
+        batch, at_most, out=_kept("int32, kept memory", batch, torch.int32)
+    ),
 }
 
 
@@ -138,7 +183,7 @@ def check_equal(batch: Batch) -> None:
     """Both ways must give the same rows."""
     few = batch.of_first(3)
     expected = native(few, lambda: None)
-    for way in ("native, one by one", "as stored", "int32"):
+    for way in _WAYS.keys() - {"native", "as stored, share"}:
         if not torch.equal(_WAYS[way](few, lambda: None).int(), expected):
             raise AssertionError(f"the rows {way} are others than those of the native decode")
 
