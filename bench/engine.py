@@ -1,10 +1,10 @@
-"""End to end on the real engine: what routes cost it, and how they reach a trainer.
+"""End to end on the real engine, over HTTP: what routes cost it, and how they reach a trainer.
 
     python bench/engine.py throughput itl latency memory turns --json PATH [--quick] [--trace]
     python bench/engine.py steady --json PATH
 
-Engines of three configurations (``engine_setup``) are started one after the other, in turns,
-each in a process of its own that runs every block asked for:
+SGLang's HTTP servers of three configurations (``engine_setup``) are started one after the other,
+in turns; a process of its own (``engine_worker``) puts every block asked for on each:
 
     throughput   160 requests of 256 + 512 tokens; all finish in one step
     unasked      the same, nobody asks for routes
@@ -17,10 +17,13 @@ each in a process of its own that runs every block asked for:
                  whole prompt, and with ``routed_experts_start_len`` only those that are new
     steady       320 requests of many lengths, finishes spread out; with prefill CUDA graphs
 
-With a GPU: Qwen3-30B-A3B's dimensions, random weights; an engine takes about a minute to start,
-and all blocks but steady 2 minutes more. Without one a tiny model shows that everything runs
-(``--quick``: 3 minutes). `engine_workloads` says how each load is timed, `engine_figures` how
-figures follow. ``--trace`` adds what the scheduler thread spends (`engine_trace`).
+Requests are streamed where the time of a token counts, whole responses elsewhere. The 64 streams
+are read by a process that does nothing else: what a client makes of a native answer of 67 MB is
+not the engine's (``engine_streams``, ``engine_http``). Bytes of responses are those of HTTP.
+
+With a GPU: Qwen3-30B-A3B's dimensions, random weights. Without one a tiny model shows that
+everything runs. `engine_workloads` says how each load is timed, `engine_figures` how figures
+follow. ``--trace`` adds what the scheduler thread spends (`engine_trace`).
 
 ``--raw FOLDER`` keeps each engine's measurements, and takes those that are there into the
 figures: alternating starts can be spread over several commands on one machine. The exit code is
@@ -36,15 +39,18 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import engine_trace
 from engine_figures import result_rows
-from engine_process import CPU_ENV, EngineStartError, ServerProcess
-from engine_setup import CONFIGURATIONS, has_gpu, write_model
+from engine_process import EngineStartError
+from engine_server import EngineServer
+from engine_setup import CONFIGURATIONS, has_gpu, scale_for, server_flags, write_model
 from engine_worker import Specification
 from result_file import exit_code, print_table, write
 
@@ -52,35 +58,7 @@ import shmroute
 
 BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "turns", "steady")
 WORKER = Path(__file__).with_name("engine_worker.py")
-START_SECONDS = 240.0
 END_SECONDS = 10.0  # what killing an engine and writing the figures takes
-
-
-class WorkerProcess(ServerProcess):
-    """An ``engine_worker.py``, with `ServerProcess`'s way of leaving nothing behind."""
-
-    def __init__(self, specification: Specification, log: Path) -> None:
-        # Settings of the caller must not turn one configuration into another.
-        env = {name: "" for name in os.environ if name.startswith("SHMROUTE_")}
-        if not specification.gpu:
-            env |= CPU_ENV
-        super().__init__("", env=env, log=log, timeout=START_SECONDS, cpu=False)
-        self._specification = specification
-
-    def command(self) -> list[str]:
-        return [sys.executable, str(WORKER), str(self._file())]
-
-    def _file(self) -> Path:
-        return Path(self._specification.ready).with_suffix(".spec")
-
-    def start(self) -> None:
-        self._file().write_text(json.dumps(dataclasses.asdict(self._specification)))
-        super().start()
-
-    def wait_ready(self, deadline: float) -> None:
-        while not Path(self._specification.ready).exists():
-            self.check_starting(deadline)
-        self.observe()
 
 
 class Bench:
@@ -113,35 +91,69 @@ class Bench:
     def _run_engine(self, configuration: str) -> None:
         number = len(list(self._raw.glob("*.json"))) + 1
         name = f"{number:02}-{configuration}"
-        specification = Specification(
-            configuration=configuration,
-            blocks=tuple(self._options.blocks),
-            arena=self.arena,
-            model=str(self._model),
-            gpu=self._gpu,
-            quick=self._options.quick,
-            trace=self._options.trace,
-            prefill_graph="steady" in self._options.blocks,
-            result=str(self._raw / f"{name}.json"),
-            ready=str(self._folder / f"{name}.ready"),
-        )
-        log = self._logs / f"engine-{name}.log"
-        worker = WorkerProcess(specification, log)
+        trace = self._raw / f"{name}.trace" if self._options.trace else None
+        server = self._server(configuration, name, trace)
         try:
-            worker.start()
-            self._say(f"{name}: started in {worker.start_seconds:.0f} s")
-            code = worker.wait(max(1.0, self._left()))
-            if code is None:
-                self._say(f"{name}: cut off, the time is up")
-            elif code != 0:
-                tail = "\n".join(worker.log.splitlines()[-40:])
-                self._fail(f"{name}: exit code {code}; end of {log}:\n{tail}")
-            self._say(f"{name}: ended after {time.monotonic() - self._began:.0f} s in all")
+            server.start()
+            self._say(f"{name}: started in {server.start_seconds:.0f} s")
+            self._measure(
+                name,
+                Specification(
+                    configuration=configuration,
+                    blocks=tuple(self._options.blocks),
+                    arena=self.arena,
+                    url=server.url,
+                    server=server.pid,
+                    start_seconds=server.start_seconds,
+                    gpu=self._gpu,
+                    quick=self._options.quick,
+                    trace=str(trace or ""),
+                    result=str(self._raw / f"{name}.json"),
+                ),
+            )
         except EngineStartError as error:
             self._fail(f"{name}: {error}")
         finally:
-            worker.stop()
+            server.stop()
             shmroute.reap(self.arena, force=True)
+
+    def _server(self, configuration: str, name: str, trace: Path | None) -> EngineServer:
+        flags = server_flags(
+            configuration,
+            scale_for(self._gpu, self._options.quick),
+            arena=self.arena,
+            gpu=self._gpu,
+            prefill_graph="steady" in self._options.blocks,
+        )
+        if trace:
+            engine_trace.create(trace)
+        log = self._logs / f"engine-{name}.log"
+        return EngineServer(self._model, flags, gpu=self._gpu, trace=trace, log=log)
+
+    def _measure(self, name: str, specification: Specification) -> None:
+        """Have all blocks run; a worker that is not through when time is up keeps what it has."""
+        path, log = self._folder / f"{name}.spec", self._logs / f"worker-{name}.log"
+        path.write_text(json.dumps(dataclasses.asdict(specification)))
+        with log.open("wb") as output:
+            worker = subprocess.Popen(
+                [sys.executable, str(WORKER), str(path)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            code = worker.wait(max(1.0, self._left()))
+        except subprocess.TimeoutExpired:
+            self._say(f"{name}: cut off, the time is up")
+        else:
+            if code != 0:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+                self._fail(f"{name}: exit code {code}; end of {log}:\n{tail}")
+            self._say(f"{name}: ended after {time.monotonic() - self._began:.0f} s in all")
+        finally:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)  # with its trainer and its streams
+                worker.wait()
 
     def figures(self) -> list[dict[str, Any]]:
         """What every engine measured, those of earlier commands in ``--raw`` included."""
@@ -186,7 +198,9 @@ def _arguments() -> argparse.Namespace:
         "--seconds", type=float, default=3600.0, help="start no engine that would end later"
     )
     parser.add_argument("--raw", type=Path, metavar="FOLDER", help="keeps every measurement")
-    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keeps every engine's log")
+    parser.add_argument(
+        "--logs", type=Path, metavar="FOLDER", help="keeps logs of engines and workers"
+    )
     options = parser.parse_args()
     if options.starts is None:
         options.starts = ["off", "arena", "native"] + ["off", "arena"] * (not options.quick)

@@ -20,7 +20,8 @@ from result_file import Row, Sense
 MS, US, MIB = 1e3, 1e6, 1 / 2**20
 ROUTED = tuple(name for name in CONFIGURATIONS if name != "off")
 STEPS_SHOWN = (1, 4, 160)  # finished requests in one step
-LONGEST_HOST_DELIVERY_MS, LONGEST_CUDA_DELIVERY_MS = 1.5, 2.5
+#: Where rows are delivered to, and in how many ms out of an arena at most.
+DELIVERIES = (("host", "trainer", 1.5), ("cuda", "trainer's GPU", 2.5))
 
 Run = dict[str, Any]
 
@@ -104,6 +105,7 @@ def _turns(figures: Figures) -> None:
                 sizes = loads[0]["route_bytes"]
                 figures.add(f"{what}: response bytes for routes, all turns", sum(sizes), "B")
                 figures.add(f"{what}: the same, last turn", sizes[-1], "B")
+            figures.add(f"{what}: whole response, last turn", loads[0]["response_bytes"][-1], "B")
             if name != "off" and off:
                 share = 100 * statistics.median(rates) / statistics.median(off)
                 figures.add(f"{what}: output / off", share, "%")
@@ -173,10 +175,10 @@ def _inter_token(figures: Figures) -> None:
 
 def _latency(figures: Figures) -> None:
     lengths = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("latency", ()))
-    limits = {"host": LONGEST_HOST_DELIVERY_MS, "cuda": LONGEST_CUDA_DELIVERY_MS}
     for length in lengths:
         for beside in (False, True):
             where = f"{length}, {'streams beside' if beside else 'alone'}"
+            late: dict[str, float] = {}
             for name in CONFIGURATIONS:
                 loads = [
                     one
@@ -185,49 +187,54 @@ def _latency(figures: Figures) -> None:
                 ]
                 if not loads:
                     continue
-                late = statistics.median(load["last_gap"] for load in loads)
-                figures.add(f"{name}, {where}: last chunk later than usual", late * MS, "ms")
-                for place, limit in limits.items():
-                    _deliveries(figures, name, where, loads, place, limit)
+                late[name] = statistics.median(load["last_gap"] for load in loads) * MS
+                figures.add(f"{name}, {where}: last chunk later than usual", late[name], "ms")
+                beyond = late[name] - late["off"] if "off" in late else None
+                _deliveries(figures, f"{name}, {where}", loads, beyond)
 
 
-def _deliveries(
-    figures: Figures, name: str, where: str, loads: Sequence[Any], place: str, limit: float
-) -> None:
-    here = [load for load in loads if load["place"] == place and "delivery" in load]
-    if not here:
-        return
-    to = "trainer" if place == "host" else "trainer's GPU"
-    times = [load["delivery"] * MS for load in here]
-    budget = limit if name == "arena" else None
-    what = f"{name}, {where}: from response to rows in the {to}"
-    figures.add(f"{what}, p50", statistics.median(times), "ms", budget)
-    figures.add(f"{what}, max of {len(times)}", max(times), "ms")
-    inside = statistics.median(load["in_trainer"] for load in here) * MS
-    figures.add(f"{what}, spent in the trainer", inside, "ms")
+def _deliveries(figures: Figures, which: str, loads: Sequence[Any], beyond: float | None) -> None:
+    """``beyond``: how much later the last chunk comes than it does with routes off, in ms."""
+    for place, to, limit in DELIVERIES:
+        here = [load for load in loads if load["place"] == place and "delivery" in load]
+        if not here:
+            continue
+        times = [load["delivery"] * MS for load in here]
+        p50 = statistics.median(times)
+        what = f"{which}: from response to rows in the {to}"
+        figures.add(f"{what}, p50", p50, "ms", limit if which.startswith("arena") else None)
+        figures.add(f"{what}, max of {len(times)}", max(times), "ms")
+        inside = statistics.median(load["in_trainer"] for load in here) * MS
+        figures.add(f"{what}, spent in the trainer", inside, "ms")
+        if beyond is not None:
+            what = f"{which}: from the end of generation to rows in the {to}, p50"
+            figures.add(what, p50 + beyond, "ms")
 
 
 # -- bytes ---------------------------------------------------------------------------------------
 
 
 def _bytes(figures: Figures) -> None:
-    sizes: dict[tuple[str, str], int] = {}
-    for name in ROUTED:
+    routes: dict[tuple[str, str], int] = {}
+    whole: dict[tuple[str, str], int] = {}
+    for name in CONFIGURATIONS:
         for load in figures.loads(name, "latency"):
             key = name, load["name"]
-            sizes[key] = max(sizes.get(key, 0), load["route_bytes"])
+            routes[key] = max(routes.get(key, 0), load["route_bytes"])
+            whole[key] = load["response_bytes"]
         for load in figures.loads(name, "itl"):
-            for size in load["route_bytes"]:
-                sizes[name, load["name"]] = size
+            routes[name, load["name"]] = load["route_bytes"]
         for load in figures.loads(name, "throughput"):
-            for size in load["route_bytes"]:
-                sizes[name, "batch"] = size
-    for (name, length), size in sorted(sizes.items()):
+            routes[name, "batch"] = load["route_bytes"]
+            whole[name, "batch"] = load["response_bytes"]
+    for (name, length), size in sorted(routes.items()):
         what = f"{name}, {length}: response bytes for routes"
         if name == "arena":
             figures.always(what, size, "B", 350)
-        else:
+        elif name == "native":
             figures.add(what, size, "B")
+    for (name, length), size in sorted(whole.items()):
+        figures.add(f"{name}, {length}: whole response, status line and headers too", size, "B")
 
 
 def _memory(figures: Figures) -> None:

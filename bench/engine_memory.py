@@ -37,11 +37,11 @@ def of_process(pid: int) -> dict[str, Any]:
     return found
 
 
-def of_engine(arena: str | None) -> dict[str, Any]:
-    """This process and its children, GPU and arena."""
-    children = [child.pid for child in psutil.Process().children(recursive=True)]
+def of_engine(server: int, arena: str | None) -> dict[str, Any]:
+    """A server by its process id and its children, GPU and arena."""
+    children = [child.pid for child in psutil.Process(server).children(recursive=True)]
     return {
-        "main": of_process(psutil.Process().pid),
+        "main": of_process(server),
         "children": [of_process(pid) for pid in children],
         "gpu_used": gpu_used_if_any(),
         "arena": of_arena(arena) if arena else {},

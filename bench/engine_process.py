@@ -111,6 +111,9 @@ class ServerProcess:
         False leaves `CPU_ARGS` and `CPU_ENV` out: a server on the GPU.
     """
 
+    #: What Python runs, before its arguments.
+    program: tuple[str, ...] = ("-m", "sglang.launch_server")
+
     def __init__(
         self,
         model: Path | str,
@@ -162,7 +165,7 @@ class ServerProcess:
 
     def command(self) -> list[str]:
         where = ["--model-path", str(self.model), "--host", "127.0.0.1", "--port", str(self.port)]
-        return [sys.executable, "-m", "sglang.launch_server", *where, *self.args]
+        return [sys.executable, *self.program, *where, *self.args]
 
     def start(self) -> None:
         """Start the server and wait until it has generated a token."""

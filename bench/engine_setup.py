@@ -7,13 +7,13 @@ only the way they are taken is tried. Which of the two is decided by torch seein
 Configurations
     off      SGLang, routes not asked for: what the others are held against
     native   SGLang's ``enable_return_routed_experts``, every request asks
-    arena    ``sglang_bridge.Engine``, every request asks
+    arena    the same server with ``--shmroute-arena``, every request asks
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,11 @@ def write_model(folder: Path, gpu: bool) -> Path:
     return folder
 
 
-def engine_arguments(
-    configuration: str, model: Path, scale: Scale, *, gpu: bool, prefill_graph: bool
-) -> dict[str, Any]:
-    """SGLang's arguments: the same for every configuration but for the routes."""
+def server_flags(
+    configuration: str, scale: Scale, *, arena: str, gpu: bool, prefill_graph: bool
+) -> list[str]:
+    """Flags for ``sglang.launch_server``: the same for every configuration but for the routes."""
     arguments: dict[str, Any] = {
-        "model_path": str(model),
         "load_format": "dummy",
         "dtype": "bfloat16",
         "skip_tokenizer_init": True,
@@ -216,7 +215,18 @@ def engine_arguments(
     }
     if configuration == "native":
         arguments["enable_return_routed_experts"] = True
-    return arguments | (_gpu_arguments(scale, prefill_graph) if gpu else _CPU_ARGUMENTS)
+    elif configuration == "arena":
+        arguments |= {"shmroute_arena": arena, "shmroute_capacity": scale.capacity}
+    arguments |= _gpu_arguments(scale, prefill_graph) if gpu else _CPU_ARGUMENTS
+    return [word for name, value in arguments.items() for word in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> Iterator[str]:
+    yield "--" + name.replace("_", "-")
+    if isinstance(value, list):
+        yield from map(str, value)
+    elif value is not True:
+        yield str(value)
 
 
 def _gpu_arguments(scale: Scale, prefill_graph: bool) -> dict[str, Any]:
@@ -234,11 +244,5 @@ def _gpu_arguments(scale: Scale, prefill_graph: bool) -> dict[str, Any]:
     return {**arguments, "disable_prefill_cuda_graph": True}
 
 
-_CPU_ARGUMENTS = {
-    "device": "cpu",
-    "attention_backend": "torch_native",
-    "cuda_graph_backend_decode": "disabled",
-    "cuda_graph_backend_prefill": "disabled",
-    "mem_fraction_static": 0.2,
-    "chunked_prefill_size": 512,
-}
+#: Beside ``engine_process.CPU_ARGS``.
+_CPU_ARGUMENTS = {"chunked_prefill_size": 512}

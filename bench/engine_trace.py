@@ -3,10 +3,11 @@
 Problem: a client sees steps, not what they are made of, and an engine's end is SIGKILL, so the
 scheduler can report nothing at its end.
 
-Approach: ``traced(Engine)`` is a subclass whose scheduler process first wraps the functions in
-`ARENA` or `NATIVE` and then runs SGLang's own entry point. Each call becomes one row of a
-memory-mapped file; the clock, CLOCK_MONOTONIC, is the same in every process. A row costs about
-1.5 us, so traced runs are for these figures and the others for throughput.
+Approach: a server started by ``engine_server.py`` has `run_scheduler` for its scheduler process,
+which first wraps the functions in question (`_install`) and then runs SGLang's own entry point.
+Each call becomes one row of a memory-mapped file; the clock, CLOCK_MONOTONIC, is the same in every
+process. A row costs about 1.5 us, so traced runs are for these figures and the others for
+throughput.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def create(path: Path) -> Events:
     return np.memmap(path, EVENT, "w+", shape=(ROWS,))
 
 
+def opened(path: Path) -> Events:
+    """A file that was made, while a scheduler writes into it."""
+    return np.memmap(path, EVENT, "r", shape=(ROWS,))
+
+
 def rows_of(file: Events, first: int = 0) -> Events:
     """Rows written so far, from number ``first`` on."""
     return np.array(file[1 + first : 1 + int(file["size"][0])])
@@ -48,12 +54,6 @@ def rows_of(file: Events, first: int = 0) -> Events:
 
 def of_kind(events: Events, kind: str) -> Events:
     return events[events["kind"] == KINDS.index(kind)]
-
-
-def traced(engine: Any, file: Path) -> Any:
-    """A subclass of an engine class whose scheduler writes a trace into ``file``."""
-    os.environ[FILE_VARIABLE] = str(file)
-    return type("Traced", (engine,), {"run_scheduler_process_func": staticmethod(run_scheduler)})
 
 
 def run_scheduler(*arguments: Any, **options: Any) -> Any:
