@@ -27,7 +27,6 @@ WARM_EVENTS = 16
 FLUSH_SECONDS = 30
 KEEP_ALIVE_SECONDS = 2.0  # the server closes a connection that is idle for 5
 READ_AHEAD = 1 << 28  # bytes
-EVENT_END = b"\n\n"
 DATA, DONE = b"data: ", b"[DONE]"
 
 
@@ -84,21 +83,20 @@ async def reached(running: asyncio.Future[Any], events: Iterable[asyncio.Event])
 
 
 class EventCutter:
-    """Cuts a response that comes in pieces into the data of its server-sent events."""
+    """Cuts a response that comes in pieces into the data of its events, one line each."""
 
     def __init__(self) -> None:
-        self._begun = bytearray()
+        self._begun: list[bytes] = []
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
-        """The events that end in this piece."""
-        searched = max(0, len(self._begun) - len(EVENT_END) + 1)
-        self._begun += piece
-        while (end := self._begun.find(EVENT_END, searched)) >= 0:
-            with memoryview(self._begun) as begun:
-                event = bytes(begun[len(DATA) : end])
-            del self._begun[: end + len(EVENT_END)]
-            searched = 0
-            yield event
+        """The events whose lines end in this piece."""
+        *ended, rest = piece.split(b"\n")
+        for end in ended:
+            line = b"".join((*self._begun, end))
+            self._begun.clear()
+            if line:  # an empty one stands between events
+                yield line.removeprefix(DATA)
+        self._begun.append(rest)
 
 
 class Client:
