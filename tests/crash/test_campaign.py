@@ -6,12 +6,16 @@ The long form is ``bench/crash_campaign.py``; its results are in ``bench/results
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from crash_audit import KINDS
 from crash_points import POINTS
+
+# It takes 12 s on an idle machine; what takes so much longer hangs, or has become slow.
+LIMIT_SECONDS = 60.0
 
 # -- kill points -------------------------------------------------------------------------------
 
@@ -46,7 +50,11 @@ def campaign(
     def run(*arguments: str) -> tuple[str, dict[str, Any]]:
         result = folder / f"{len(list(folder.iterdir()))}.json"
         process = start_bench("crash_campaign.py", "crash", *arguments, "--json", str(result))
-        said, _ = process.communicate()
+        try:
+            said, _ = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired as expired:
+            so_far = (expired.output or b"").decode(errors="replace")
+            pytest.fail(f"not done after {LIMIT_SECONDS:.0f} s, and said {so_far}")
         assert process.returncode == 0, said
         rows = json.loads(result.read_text())["rows"]
         return said, {row["name"]: row["value"] for row in rows}
