@@ -26,8 +26,9 @@ from shmroute import Arena, reaper, segments
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SHM = Path(segments.SHM_DIR)
-# In the name of every arena that this run makes, and of nobody else's.
-RUN = f"t{os.getpid()}"
+# In the name of every arena that this process makes, and of nobody else's: pytest may run in
+# several processes side by side, and the number of one may begin with that of another.
+RUN = f"t{os.getpid()}-"
 
 
 def of_this_run() -> set[str]:
@@ -59,7 +60,7 @@ def shm_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def name() -> str:
     """An arena name of this test's own."""
-    return f"{RUN}-{secrets.token_hex(3)}"
+    return f"{RUN}{secrets.token_hex(3)}"
 
 
 @pytest.fixture
