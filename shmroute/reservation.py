@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
@@ -17,6 +17,15 @@ from .metadata import Metadata, WeightRun, as_runs, merge_ranges
 
 if TYPE_CHECKING:
     from .writer import RecordWriter
+
+
+class Wanted(Protocol):
+    """A record to reserve: see ``RecordWriter.reserve``."""
+
+    rid: str
+    tokens: int
+    start: int
+    prompt_tokens: int
 
 
 class Reservation:

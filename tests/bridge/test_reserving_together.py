@@ -1,0 +1,125 @@
+"""The requests of one step reserve together: what they share, and where it ends."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import shmroute
+from shmroute import LeaseUnavailable, RouteLayout, ShmRouteReader
+from shmroute.counters import read_counters
+from shmroute.writer import RecordWriter
+
+ROUTES = RouteLayout(16, 2, range(3))
+
+
+class Asked(NamedTuple):
+    """A record that somebody wants."""
+
+    rid: str
+    tokens: int
+    start: int = 0
+    prompt_tokens: int = 1
+
+
+@pytest.fixture
+def arena(arena_name: str) -> Iterator[shmroute.Arena]:
+    with shmroute.Arena.create(arena_name, ROUTES, capacity="256KiB", slots=8) as made:
+        yield made
+
+
+@pytest.fixture
+def writer(arena: shmroute.Arena) -> RecordWriter:
+    return arena.writer
+
+
+def in_use(writer: RecordWriter) -> tuple[int, int]:
+    """Bytes and slots, by the counters and by what the allocator says."""
+    counts = read_counters(writer.memory.counters)
+    space = writer.space()
+    assert counts["heap_bytes_in_use"] == space.total - space.free
+    return counts["heap_bytes_in_use"], counts["slots_in_use"]
+
+
+def test_records_lie_side_by_side_in_order_behind_the_one_before(writer: RecordWriter) -> None:
+    before = writer.reserve("before", tokens=10)
+    records = writer.reserve_together([Asked(f"{i}", 5 + i) for i in range(4)], after=before)
+    ends = [record.offset + record.plan.total_bytes for record in (before, *records)]
+    assert [record.offset for record in records] == ends[:-1]
+    assert [record.rid for record in records] == ["0", "1", "2", "3"]
+    assert in_use(writer) == (ends[-1] - before.offset, 5)
+
+
+def test_each_is_a_record_like_any_other(arena: shmroute.Arena, writer: RecordWriter) -> None:
+    asked = [Asked("a", 7, 2, 4), Asked("b", 3)]
+    records = writer.reserve_together(asked)
+    for value, record in enumerate(records):
+        record.rows[...] = value
+        record.seal()
+    for value, (want, record) in enumerate(zip(asked, records, strict=True)):
+        for source in (record.ticket, want.rid):
+            with ShmRouteReader(source, arena=arena.name) as routes:
+                assert (routes.rid, routes.start, routes.prompt_tokens) == (
+                    want.rid,
+                    want.start,
+                    want.prompt_tokens,
+                )
+                np.testing.assert_array_equal(routes.numpy(), np.full((want.tokens, 3, 2), value))
+
+
+def test_those_before_one_that_no_record_can_be_like_are_reserved(writer: RecordWriter) -> None:
+    asked = [Asked("a", 5), Asked("\ud800", 5), Asked("b", 5)]
+    assert [record.rid for record in writer.reserve_together(asked)] == ["a"]
+    assert writer.reserve_together([Asked("nothing", 0)]) == []
+    assert in_use(writer)[1] == 1
+
+
+def test_those_before_the_last_slot_are_reserved_and_the_rest_of_the_space_is_given_back(
+    writer: RecordWriter,
+) -> None:
+    records = writer.reserve_together([Asked(f"{i}", 5) for i in range(12)])
+    assert len(records) == 8
+    assert in_use(writer) == (sum(record.plan.total_bytes for record in records), 8)
+
+
+def test_what_has_no_piece_for_all_of_it_takes_nothing(writer: RecordWriter) -> None:
+    largest = writer.space().largest
+    tokens = largest // ROUTES.row_bytes // 3
+    assert writer.reserve_together([Asked(f"{i}", tokens) for i in range(4)]) == []
+    assert in_use(writer) == (0, 0)
+
+
+def test_a_lease_that_the_kernel_refuses_ends_it_and_nothing_is_lost(
+    writer: RecordWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, taken = writer._leases.try_acquire, []
+
+    def refusing(slot: int) -> bool:
+        if len(taken) == 2:
+            raise LeaseUnavailable(errno.ENOLCK, "no lock now")
+        taken.append(slot)
+        return take(slot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer._leases, "try_acquire", refusing)
+        records = writer.reserve_together([Asked(f"{i}", 5) for i in range(4)])
+    assert [record.rid for record in records] == ["0", "1"]
+    assert in_use(writer) == (sum(record.plan.total_bytes for record in records), 2)
+
+
+def test_freed_records_are_taken_back_as_fast_as_they_are_reserved(writer: RecordWriter) -> None:
+    for step in range(50):
+        records = writer.reserve_together([Asked(f"{step}-{i}", 20) for i in range(8)])
+        assert len(records) == 8
+        for record in records:
+            record.fail("by the test")
+
+
+def test_after_the_arena_s_end_it_takes_nothing(arena_name: str) -> None:
+    arena = shmroute.Arena.create(arena_name, ROUTES, capacity="256KiB", slots=8)
+    arena.close()
+    assert arena.writer.reserve_together([Asked("late", 5)]) == []
