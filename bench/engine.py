@@ -43,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,8 +115,9 @@ class Bench:
         except EngineStartError as error:
             self._fail(f"{name}: {error}")
         finally:
-            server.stop()
-            shmroute.reap(self.arena, force=True)
+            with _undisturbed():
+                server.stop()
+                shmroute.reap(self.arena, force=True)
 
     def _server(self, configuration: str, name: str, trace: Path | None) -> EngineServer:
         flags = server_flags(
@@ -205,6 +207,16 @@ def _arguments() -> argparse.Namespace:
     if options.starts is None:
         options.starts = ["off", "arena", "native"] + ["off", "arena"] * (not options.quick)
     return options
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A Ctrl-C or SIGTERM takes effect once this is through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _interrupted(number: int, _frame: Any) -> NoReturn:
