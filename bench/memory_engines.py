@@ -6,6 +6,7 @@ The three differ in nothing but the routes: the same model, the same KV pool, th
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 from engine_process import SHARED_MEMORY, ServerProcess, inodes_in_use
 from engine_setup import has_gpu
 from memory_watch import MemoryWatch
+from route_chains import LAYERS
 
 import shmroute
 
@@ -62,15 +64,31 @@ class MeasuredEngine:
         Size of the KV pool, which the native table covers.
     capacity
         Of the arena.
+    quick
+        Start it without SGLang's own warm-up, with dummy weights, and with all layers whatever the
+        checkpoint has.
     """
 
     def __init__(
-        self, way: Way, model: Path, arena: str, kv_tokens: int, capacity: str, tp: int, log: Path
+        self,
+        way: Way,
+        model: Path,
+        arena: str,
+        kv_tokens: int,
+        capacity: str,
+        tp: int,
+        log: Path,
+        *,
+        quick: bool,
     ) -> None:
         self.way = way
         self._arena = arena if way == "arena" else None
         # Idle, it leaves the cores to the others.
         flags = ["--sleep-on-idle", f"--max-total-tokens={kv_tokens}", f"--tp-size={tp}"]
+        if quick:
+            layers = json.dumps({"num_hidden_layers": LAYERS})
+            flags += ["--load-format=dummy", f"--json-model-override-args={layers}"]
+            flags.append("--skip-server-warmup")
         if way == "native":
             flags.append("--enable-return-routed-experts")
         elif way == "arena":

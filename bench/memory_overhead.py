@@ -20,9 +20,15 @@ What is measured
     - Bytes for each row in flight, beside the floor: moe_layers * top_k * itemsize.
 
 How
-    Engines one after the other, so that libraries are shared by one engine's processes only; with
-    --quick side by side, which PSS shows. Memory of an idle engine differs between starts by some
-    MiB, so figures of a row are taken from what is held, not from differences of whole processes.
+    Engines one after the other, so that libraries are shared by one engine's processes only. Memory
+    of an idle engine differs between starts by some MiB, so figures of a row are taken from what is
+    held, not from differences of whole processes.
+
+    --quick shows that everything is read, not what it is: natively and with an arena only, side by
+    side, so that the engines share their libraries' pages, which PSS shows; with SGLang's dummy
+    weights instead of a checkpoint's; a small batch, and one number of ranks that read it.
+    What a start takes is SGLang's import in three processes: of an engine's 56 CPU seconds until it
+    serves, on a busy machine, its HTTP server and its detokenizer took 31 and did nothing else.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ from bench_command import main
 from memory_engines import OUTPUT_TOKENS, WAYS, MeasuredEngine, Reading, Way
 from result_file import Row
 from rich.progress import Progress
-from route_chains import ROUTES
+from route_chains import EXPERTS, LAYERS, ROUTES, TOP_K
 from small_models import qwen3_moe
 from trainer_ranks import Batch, Ranks
 
@@ -62,7 +68,7 @@ TRAINERS: dict[Way, tuple[trainer_ranks.Way, ...]] = {
     "native": ("native", "native, one by one"),
     "arena": ("as stored", "int32"),
 }
-QUICK_HELP = "a small load, engines side by side, under a minute on an idle machine"
+QUICK_HELP = "a small load on two engines side by side; what they take is not comparable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Size:
         Of one step; every step adds as many.
     groups
         Tensor-parallel sizes and ways of the engines that run at the same time.
+    quick
+        Of `MeasuredEngine`.
     """
 
     requests: int
@@ -84,6 +92,7 @@ class Size:
     capacity: str
     ranks: tuple[int, ...]
     groups: tuple[tuple[tuple[int, Way], ...], ...]
+    quick: bool = False
 
 
 FULL = Size(
@@ -95,7 +104,16 @@ FULL = Size(
     ranks=(1, 4, 8),
     groups=tuple(((tp, way),) for tp in (1, 2) for way in WAYS),
 )
-QUICK = Size(2, 57, 1, 8_192, "64MiB", (1, 2), (tuple((1, way) for way in WAYS),))
+QUICK = Size(
+    requests=2,
+    tokens=57,
+    steps=1,
+    kv_tokens=8_192,
+    capacity="64MiB",
+    ranks=(2,),
+    groups=(((1, "native"), (1, "arena")),),
+    quick=True,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +154,12 @@ class Bench:
     def __init__(self, size: Size, folder: Path, progress: Progress) -> None:
         self._size, self._folder, self._progress = size, folder, progress
         self._model = qwen3_moe(
-            folder / "model", num_experts=128, top_k=8, layers=48, hidden=64, expert_width=16
+            folder / "model",
+            num_experts=EXPERTS,
+            top_k=TOP_K,
+            layers=1 if size.quick else LAYERS,
+            hidden=64,
+            expert_width=16,
         )
         self._arena = f"bench-memory-{os.getpid()}"
         self.measured: list[Measured] = []
@@ -155,8 +178,17 @@ class Bench:
                     self._progress.advance(self._task)
 
     def _engine(self, tp: int, way: Way) -> MeasuredEngine:
-        size, log = self._size, self._folder / f"{way}-{tp}.log"
-        return MeasuredEngine(way, self._model, self._arena, size.kv_tokens, size.capacity, tp, log)
+        size = self._size
+        return MeasuredEngine(
+            way,
+            self._model,
+            self._arena,
+            size.kv_tokens,
+            size.capacity,
+            tp,
+            self._folder / f"{way}-{tp}.log",
+            quick=size.quick,
+        )
 
     def _measure(self, engine: MeasuredEngine, tp: int) -> Measured:
         size = self._size
