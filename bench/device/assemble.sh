@@ -47,6 +47,7 @@ while read -r package; do
     unpack "$package" 'sgl_kernel/flash_ops*' 'sgl_kernel/infllm_ops*' 'sgl_kernel/flashmla_ops*' \
       'sgl_kernel/sm100/*' ;;
   xgrammar==*) unpack "$package" 'xgrammar/lib/*' 'xgrammar/include/*' ;;
+  zstandard==*) unpack "$package" 'zstandard/_cffi*' ;; # another way to the same library
   torch-memory-saver==*) # builds for CUDA 12
     unpack "$package" '*_cu12.abi3.so' '*_preload.abi3.so' '*_torch.abi3.so' ;;
   *) unpack "$package" ;;
@@ -54,7 +55,7 @@ while read -r package; do
 done <"$here/packages.txt"
 # Of two places the loader looks here first on any GPU but Hopper, second on Hopper: both work.
 mv "$site/sgl_kernel/sm90/common_ops.abi3.so" "$site/sgl_kernel/common_ops.abi3.so"
-strip --strip-unneeded "$site"/xgrammar/*.so "$site"/torch_memory_saver_*.so
+strip --strip-unneeded "$site"/xgrammar/*.so "$site"/torch_memory_saver_*.so "$site"/zstandard/*.so
 cp -R "$here"/stubs/. "$site"
 
 find "$site" -name __pycache__ -prune -exec rm -rf {} +
