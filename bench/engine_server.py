@@ -15,7 +15,7 @@ from pathlib import Path
 import engine_trace
 from engine_process import ServerProcess
 
-START_SECONDS = 240.0
+START_SECONDS = 400.0
 
 
 class EngineServer(ServerProcess):
