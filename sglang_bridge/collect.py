@@ -2,7 +2,9 @@
 
 SGLang calls ``_maybe_collect_routed_experts`` for a finished request and releases its KV
 cache in the next statement, which may rewrite its row of ``req_to_token`` onto another
-request's locations. So the locations are copied inside that call and never read again.
+request's locations. So the locations are copied inside that call and never read again. Nothing
+else is done there: its ticket is issued, with those of the other requests of the step, where the
+first of their responses is made, or at the step's end (see ``publisher``).
 
 Requests that end without that call (aborted in the queue, rejected, a discarded output)
 are counted ``no_routes`` where their response is made.
@@ -10,7 +12,6 @@ are counted ``no_routes`` where their response is made.
 
 from __future__ import annotations
 
-import logging
 from array import array
 from typing import Any
 
@@ -23,53 +24,51 @@ from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 from .capturer import ArenaCapturer
 from .finished import Finished
 from .publisher import Publisher
-from .ticket_tensor import ticket_tensor
-from .versions import request_slot
+from .versions import request_slot_reader
 
-logger = logging.getLogger("shmroute")
+slot_of = request_slot_reader()
 
 
 def collect(processor: Any, req: Any) -> None:
     """In place of SGLang's ``_maybe_collect_routed_experts``."""
+    if not req.return_routed_experts:
+        return
     capturer = get_global_experts_capturer()
-    if not req.return_routed_experts or not isinstance(capturer, ArenaCapturer):
+    if not isinstance(capturer, ArenaCapturer):
         return
-    publisher = capturer.publisher
-    if publisher is None or is_hidden_warmup(req) or _reply_is_an_error(req):
+    publisher, reason = capturer.publisher, req.finished_reason
+    if publisher is None or is_hidden_warmup(req):
         return
-    publisher.counters.add("finished")
+    if isinstance(reason, FINISH_ABORT) and reason.status_code is not None:
+        return  # its reply is an HTTP error without ``meta_info``
     try:
-        request = describe(req, processor.req_to_token_pool, capturer, publisher)
-        envelope = publisher.collect(request)
+        publisher.note(req, describe(req, processor.req_to_token_pool, capturer, publisher))
     except Exception as error:
-        logger.exception("shmroute: no routes for rid %s", req.rid)
-        publisher.counters.add("hook_errors")
-        envelope = publisher.refuse(req.rid, f"{type(error).__name__}: {error}")
-    req.routed_experts = ticket_tensor(envelope)
+        publisher.counters.add("finished")
+        publisher.give_error(req, error)
 
 
 def describe(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:
     """Read off a finished request what its record needs, locations copied."""
     prompt, output = req.origin_input_ids, req.output_ids_through_stop
-    seqlen = len(prompt) + len(output)
-    start = min(req.routed_experts_start_len, seqlen - 1)
-    tokens = seqlen - 1 - start
-    slot = request_slot(req)
+    last = len(prompt) + len(output) - 1
+    start = min(req.routed_experts_start_len, last)
+    slot = slot_of(req)
     if slot is None:
         raise RuntimeError("its KV cache was released before its routes were collected")
     # Before the native path, whose copy to the host would drain the stream.
-    locations = publisher.gatherer.snapshot(pool.req_to_token, slot, start, seqlen - 1)
+    locations = publisher.gatherer.snapshot(pool.req_to_token, slot, start, last)
     native = None
     if capturer.shadow:
         native = BaseTopkCapturer.get_topk(
-            capturer, slot, seqlen, pool, req.routed_experts_start_len
+            capturer, slot, last + 1, pool, req.routed_experts_start_len
         )
 
     def token_ids() -> npt.NDArray[np.int64]:
         # Called on another thread: slices copy under the interpreter lock, and no buffer of
         # a list that the scheduler may still append to is held open.
-        ids = _as_array(prompt[: seqlen - 1])
-        rest = seqlen - 1 - len(prompt)
+        ids = _as_array(prompt[:last])
+        rest = last - len(prompt)
         if rest > 0:
             ids = np.concatenate((ids, _as_array(output[:rest])))
         return ids[start:]
@@ -77,7 +76,7 @@ def describe(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher)
     return Finished(
         rid=str(req.rid),
         start=start,
-        tokens=tokens,
+        tokens=last - start,
         prompt_tokens=len(prompt),
         locations=locations,
         token_ids=token_ids,
@@ -99,23 +98,25 @@ def is_hidden_warmup(req: Any) -> bool:
     return parameters.max_new_tokens == 0 and parameters.n > 1
 
 
-def _reply_is_an_error(req: Any) -> bool:
-    """Rejected with a status code: the reply is an HTTP error without ``meta_info``."""
-    reason = req.finished_reason
-    return isinstance(reason, FINISH_ABORT) and reason.status_code is not None
-
-
 def flush() -> None:
-    """After a batch result was processed: queue what was collected in it."""
+    """After a batch result was processed: queue what ended in it."""
     publisher = _publisher()
     if publisher is not None:
         publisher.flush()
 
 
-def count_streamed(req: Any) -> None:
-    """A response is made: count it if it asked for routes, is finished and has none."""
-    if req.return_routed_experts and req.finished() and req.routed_experts is None:
-        _count_without_routes(req)
+def issue(req: Any) -> None:
+    """A response is about to be made: it finds its ticket if it is a finished request's.
+
+    One that asked for routes, is finished and has none by then is counted.
+    """
+    if req.routed_experts is not None or not req.return_routed_experts or not req.finished():
+        return
+    publisher = _publisher()
+    if publisher is not None:
+        publisher.issue()
+        if req.routed_experts is None:
+            _count_without_routes(req)
 
 
 def count_aborted(req: Any) -> None:

@@ -86,7 +86,7 @@ def _step_processed(_result: None, *_arguments: Any, **_options: Any) -> None:
 
 
 def _streamed(_accumulator: Any, *, req: Any) -> None:
-    collect.count_streamed(req)
+    collect.issue(req)
 
 
 def _aborted(_scheduler: Any, _abort_req: Any, req: Any) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 TESTED = ("0.5.17", "0.5.23")
@@ -35,7 +37,7 @@ def version() -> str:
 
 
 def is_older() -> bool:
-    """Whether this SGLang has the form of 0.5.17. Asked at every request and step."""
+    """Whether this SGLang has the form of 0.5.17. Asked at every step."""
     return _has_older_form(version())
 
 
@@ -65,10 +67,12 @@ def resolved_arguments(arguments: Any) -> Any:
     return overrides.resolving_view(arguments)
 
 
-def request_slot(req: Any) -> int | None:
-    """Row of ``req_to_token`` that a request holds; None once its KV cache was released."""
-    slot: int | None = req.req_pool_idx if is_older() else req.kv.req_pool_idx
-    return slot
+def request_slot_reader() -> Callable[[Any], int | None]:
+    """Reads off a request its row of ``req_to_token``; None once its KV cache was released.
+
+    Made once: asking for the version at each request costs more than reading.
+    """
+    return operator.attrgetter("req_pool_idx" if is_older() else "kv.req_pool_idx")
 
 
 def is_draft_router(router: Any) -> bool:

@@ -52,6 +52,17 @@ _WRITER = (
         ("store/test_search.py::test_a_record_in_flight_is_route_timeout",),
     ),
     Guard(
+        "space of records that could not be reserved together",
+        "it is free again",
+        "shmroute/writer.py",
+        "                if offset < end:\n",
+        "                if False:\n",
+        (
+            "bridge/test_reserving_together.py::"
+            "test_those_before_the_last_slot_are_reserved_and_the_rest_of_the_space_is_given_back",
+        ),
+    ),
+    Guard(
         "the odd word",
         "a record whose writer died before the seal is WriterDied, never handed out",
         "shmroute/writer.py",
@@ -568,6 +579,66 @@ _BRIDGE = (
         "req_to_token[slot, start:end].clone()",
         "req_to_token[slot, start:end]",
         ("bridge/test_publisher.py::test_a_snapshot_keeps_what_the_pool_s_row_held",),
+    ),
+    Guard(
+        "the ticket before its response",
+        "a finished request's response carries its ticket",
+        "sglang_bridge/collect.py",
+        "        publisher.issue()\n",
+        "",
+        (
+            "bridge/test_collect.py::"
+            "test_the_first_response_finds_its_ticket_and_the_step_s_others_have_theirs",
+        ),
+    ),
+    Guard(
+        "what was noted, issued by whatever comes next",
+        "a request whose response nobody made in its step is not lost, and keeps its rows",
+        "sglang_bridge/publisher.py",
+        "        if self._noted:\n            self.issue()\n",
+        "",
+        (
+            "bridge/test_collect.py::"
+            "test_what_no_response_has_asked_for_is_issued_by_what_comes_first",
+        ),
+    ),
+    Guard(
+        "a noted request leaves the queue",
+        "a request has one ticket and is counted once",
+        "sglang_bridge/publisher.py",
+        "            req, request = noted.popleft()\n",
+        "            req, request = noted[issued]\n",
+        (
+            "bridge/test_collect.py::"
+            "test_a_request_whose_response_is_asked_for_again_keeps_its_one_ticket",
+        ),
+    ),
+    Guard(
+        "a record whose ticket cannot be handed over",
+        "it is failed, and its readers do not wait for it",
+        "sglang_bridge/publisher.py",
+        '                record.fail("the engine could not issue its ticket")\n',
+        "",
+        (
+            "bridge/test_collect.py::"
+            "test_a_ticket_that_cannot_be_handed_over_fails_its_record_and_no_other",
+        ),
+    ),
+    Guard(
+        "no tickets for a step after a device error",
+        "later requests go inline instead of failing after their tickets left",
+        "sglang_bridge/publisher.py",
+        "if self._broken or not",
+        "if not",
+        ("bridge/test_collect.py::test_after_a_device_error_a_whole_step_goes_inline",),
+    ),
+    Guard(
+        "room for the whole step in the gatherer",
+        "what it cannot take goes inline",
+        "sglang_bridge/publisher.py",
+        " or not self.gatherer.has_room(self._pending_bytes + nbytes):\n            return\n",
+        ":\n            return\n",
+        ("bridge/test_collect.py::test_what_of_a_step_the_gatherer_cannot_take_goes_inline",),
     ),
     Guard(
         "the tag check",

@@ -52,10 +52,14 @@ def sglang() -> Iterator[SimpleNamespace]:
         from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
         from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
         from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+        from sglang.srt.managers.scheduler_components.output_streamer import (
+            _GenerationStreamAccumulator,
+        )
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
         from sglang.srt.platforms import current_platform
         from sglang.srt.sampling.sampling_params import SamplingParams
         from sglang.srt.server_args import ServerArgs
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
         from sglang.srt.state_capturer.routed_experts import set_global_experts_capturer
 
         # Whoever imports it first must be inside this block.
@@ -64,6 +68,7 @@ def sglang() -> Iterator[SimpleNamespace]:
         assert sglang_bridge.Engine is sglang_bridge.engine.Engine
         assert type(current_platform).__name__ == "PlainCpuPlatform"
         yield SimpleNamespace(
+            Accumulator=_GenerationStreamAccumulator,
             ChatCompletionRequest=ChatCompletionRequest,
             CompletionRequest=CompletionRequest,
             FINISH_ABORT=FINISH_ABORT,
@@ -72,6 +77,7 @@ def sglang() -> Iterator[SimpleNamespace]:
             ReqToTokenPool=ReqToTokenPool,
             SamplingParams=SamplingParams,
             ServerArgs=ServerArgs,
+            SpeculativeAlgorithm=SpeculativeAlgorithm,
             declare_resolution=declare_resolution,
             resolving_view=resolving_view,
             set_global_experts_capturer=set_global_experts_capturer,

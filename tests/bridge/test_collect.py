@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from sglang_bridge.gather_host import HostGatherer
 from sglang_bridge.table import RouteTable
 from shmroute import RouteFailed, RouteLayout, ShmRouteReader
 from shmroute.counters import read_counters
+from shmroute.ticket import decode
 
 ROUTES = RouteLayout(16, 2, range(3))
 
@@ -81,7 +83,23 @@ def collected(scheduler: Scheduler, req: Any) -> bytes | None:
 
     collect.collect(scheduler, req)
     collect.flush()
-    return None if req.routed_experts is None else req.routed_experts.numpy().tobytes()
+    return None if req.routed_experts is None else envelope_of(req)
+
+
+def envelope_of(req: Any) -> bytes:
+    envelope: bytes = req.routed_experts.numpy().tobytes()
+    return envelope
+
+
+def ended(scheduler: Scheduler, *rids: str, prompt: int = 20) -> list[tuple[Any, np.ndarray]]:
+    """Requests of one step, each through the hook; the next one takes its row of the pool."""
+    from sglang_bridge import collect
+
+    served = []
+    for rid in rids:
+        served.append(scheduler.request(rid, prompt=prompt, output=5))
+        collect.collect(scheduler, served[-1][0])
+    return served
 
 
 def test_all_tokens_but_the_last_sampled_one_have_a_row(scheduler: Scheduler) -> None:
@@ -129,7 +147,7 @@ def test_a_request_that_did_not_ask_costs_nothing(scheduler: Scheduler) -> None:
     before = scheduler.counters
     req, _ = scheduler.request("quiet", prompt=5, output=2, return_routed_experts=False)
     assert collected(scheduler, req) is None
-    collect.count_streamed(req)
+    collect.issue(req)
     collect.count_aborted(req)
     assert scheduler.counters == before
 
@@ -139,7 +157,7 @@ def test_the_hidden_warm_up_of_several_choices_makes_no_record(scheduler: Schedu
 
     req, _ = scheduler.request("hidden", prompt=5, output=1, max_new_tokens=0, n=4)
     assert collected(scheduler, req) is None
-    collect.count_streamed(req)
+    collect.issue(req)
     assert scheduler.counters["finished"] == 0
 
 
@@ -151,7 +169,7 @@ def test_a_reply_that_is_an_http_error_makes_no_record_and_is_counted(
     req, _ = scheduler.request("error", prompt=5, output=1)
     req.finished_reason = sglang.FINISH_ABORT("too long", status_code=400)
     assert collected(scheduler, req) is None
-    collect.count_streamed(req)
+    collect.issue(req)
     collect.count_aborted(req)  # the same request: counted once
     assert (scheduler.counters["finished"], scheduler.counters["no_routes"]) == (1, 1)
 
@@ -165,7 +183,7 @@ def test_an_abort_in_mid_generation_keeps_its_rows(
     req.finished_reason = sglang.FINISH_ABORT("by the client")
     with ShmRouteReader(collected(scheduler, req)) as routes:
         np.testing.assert_array_equal(routes.numpy(), rows[:12])
-    collect.count_streamed(req)
+    collect.issue(req)
     assert scheduler.counters["no_routes"] == 0
 
 
@@ -223,7 +241,7 @@ def test_every_finished_request_is_counted_once_also_when_the_hook_fails(
         if i == 6:
             req.finished_reason = sglang.FINISH_ABORT("rejected", status_code=503)
         collected(scheduler, req)
-        collect.count_streamed(req)
+        collect.issue(req)
     scheduler.publisher.stop()
     counts = scheduler.counters
     assert counts["finished"] == 12
@@ -231,6 +249,315 @@ def test_every_finished_request_is_counted_once_also_when_the_hook_fails(
         counts["ticketed"] + counts["inline"] + counts["failed_requests"] + counts["no_routes"]
     )
     assert (counts["failed_requests"], counts["no_routes"], counts["hook_errors"]) == (2, 1, 2)
+
+
+# -- when tickets are issued ---------------------------------------------------------------------
+
+
+def check_sums(scheduler: Scheduler) -> dict[str, int]:
+    """The counters, once everything is sealed or failed; every request is in one of them."""
+    scheduler.publisher.stop()
+    counts = scheduler.counters
+    assert counts["finished"] == (
+        counts["ticketed"] + counts["inline"] + counts["failed_requests"] + counts["no_routes"]
+    )
+    assert counts["reserved"] == counts["sealed"] + counts["failed"]
+    return counts
+
+
+def test_where_a_request_ends_nothing_but_its_locations_is_taken(scheduler: Scheduler) -> None:
+    ((req, _),) = ended(scheduler, "only noted")
+    assert req.routed_experts is None
+    assert (scheduler.counters["finished"], scheduler.counters["reserved"]) == (0, 0)
+
+
+def test_the_first_response_finds_its_ticket_and_the_step_s_others_have_theirs(
+    scheduler: Scheduler,
+) -> None:
+    from sglang_bridge import collect
+
+    served = ended(scheduler, "a", "b", "c")
+    unfinished, _ = scheduler.request("goes on", prompt=5, output=1)
+    unfinished.finished_reason = None
+    collect.issue(unfinished)
+    assert all(req.routed_experts is None for req, _ in served)
+    collect.issue(served[1][0])
+    tickets = [decode(envelope_of(req)) for req, _ in served]
+    assert [ticket.rid for ticket in tickets] == ["a", "b", "c"]
+    generations = [ticket.generation for ticket in tickets]
+    assert generations == sorted(generations)
+    assert scheduler.counters["publish_calls"] == 0
+    collect.flush()
+    assert scheduler.counters["publish_calls"] == 1
+    for req, rows in served:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+
+
+def test_sglang_s_response_of_a_finished_request_carries_its_ticket(
+    scheduler: Scheduler, sglang: SimpleNamespace
+) -> None:
+    """The hook as it is registered, around SGLang's own making of a response."""
+    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+    from sglang_bridge import scheduler as hooks
+
+    accept = _wrap_fn(sglang.Accumulator.accept, hooks._streamed, HookType.BEFORE)
+    (req, _), (other, _) = ended(scheduler, "first", "second")
+    response = sglang.Accumulator(
+        return_logprob=False,
+        return_hidden_states=False,
+        return_routed_experts=True,
+        return_indexer_topk=False,
+        spec_algorithm=sglang.SpeculativeAlgorithm.NONE,
+        disaggregation_mode=None,
+        default_stream_interval=1,
+        default_force_stream_interval=50,
+        get_cached_tokens_details=lambda _: None,
+        is_request_level_customized_info_key=lambda _: False,
+        current_weight_version=None,
+    )
+    for one in (req, other):
+        one.tokenizer = None
+        accept(response, req=one)
+    carried = [decode(tensor.numpy().tobytes()).rid for tensor in response.routed_experts]
+    assert carried == ["first", "second"]
+
+
+def test_a_request_whose_response_is_asked_for_again_keeps_its_one_ticket(
+    scheduler: Scheduler,
+) -> None:
+    from sglang_bridge import collect
+
+    ((req, _),) = ended(scheduler, "once")
+    collect.issue(req)
+    ticket = req.routed_experts
+    collect.issue(req)
+    collect.flush()
+    collect.flush()
+    assert req.routed_experts is ticket
+    counts = check_sums(scheduler)
+    assert (counts["finished"], counts["tickets"], counts["sealed"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("when", ["a later forward ends", "a result is processed", "the engine"])
+def test_what_no_response_has_asked_for_is_issued_by_what_comes_first(
+    scheduler: Scheduler, when: str
+) -> None:
+    """A step that was interrupted between a request's end and its response."""
+    from capturers import Batch
+
+    forwards = scheduler.forwards
+    ids, locations = forwards.token_ids(8), forwards.locations(8)
+    buffer = torch.from_numpy(forwards.routes(8))
+    mark = None
+    if when == "a result is processed":
+        mark = scheduler.capturer.forward(Batch(ids, locations), buffer)
+    ((req, rows),) = ended(scheduler, "waits")
+    if mark is not None:
+        mark.finalize()
+    elif when == "a later forward ends":
+        # Onto the request's own locations, its tokens at their positions: no tag could tell.
+        where = scheduler.req_to_token_pool.req_to_token[1, :25].numpy().astype(np.int64)
+        again = Batch(np.array([*req.origin_input_ids, *req.output_ids]), where)
+        scheduler.capturer.forward(again, torch.from_numpy(forwards.routes(25)))
+    else:
+        scheduler.publisher.stop()
+    with ShmRouteReader(envelope_of(req)) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    assert check_sums(scheduler)["ticketed"] == 1
+
+
+def test_a_step_s_requests_are_issued_before_the_next_result_s_locations_are_taken(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot is valid until then, and what goes inline is gathered by it."""
+    from capturers import Batch
+
+    forwards, gatherer = scheduler.forwards, scheduler.publisher.gatherer
+    mark = scheduler.capturer.forward(
+        Batch(forwards.token_ids(8), forwards.locations(8)), torch.from_numpy(forwards.routes(8))
+    )
+    ((req, _),) = ended(scheduler, "before")
+    seen = []
+    monkeypatch.setattr(gatherer, "result_processed", lambda _: seen.append(req.routed_experts))
+    mark.finalize()
+    assert seen == [req.routed_experts]
+    assert req.routed_experts is not None
+
+
+@pytest.mark.parametrize("rid", ["\ud800", "x" * 5000], ids=["surrogate", "too long"])
+def test_a_request_that_fails_among_others_fails_alone(scheduler: Scheduler, rid: str) -> None:
+    from sglang_bridge import collect
+
+    served = ended(scheduler, "a", "b", rid, "c", "d")
+    collect.issue(served[0][0])
+    collect.flush()
+    with pytest.raises(RouteFailed):
+        ShmRouteReader(envelope_of(served[2][0]))
+    good = [served[i] for i in (0, 1, 3, 4)]
+    for req, rows in good:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    generations = [decode(envelope_of(req)).generation for req, _ in good]
+    assert generations == sorted(generations)
+    counts = check_sums(scheduler)
+    assert (counts["finished"], counts["ticketed"], counts["hook_errors"]) == (5, 4, 1)
+
+
+def test_a_ticket_that_cannot_be_handed_over_fails_its_record_and_no_other(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_bridge import collect, publisher
+
+    made, handed = publisher.ticket_tensor, []
+
+    def breaking(envelope: bytes) -> Any:
+        handed.append(envelope)
+        if len(handed) == 2:
+            raise MemoryError("no tensor now")
+        return made(envelope)
+
+    monkeypatch.setattr(publisher, "ticket_tensor", breaking)
+    served = ended(scheduler, "a", "b", "c")
+    collect.issue(served[2][0])
+    collect.flush()
+    for envelope in (handed[1], envelope_of(served[1][0])):
+        with pytest.raises(RouteFailed):
+            ShmRouteReader(envelope)
+    for req, rows in (served[0], served[2]):
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    counts = check_sums(scheduler)
+    assert (counts["finished"], counts["ticketed"], counts["failed_before_ticket"]) == (3, 2, 1)
+
+
+def test_a_step_that_cannot_be_reserved_together_is_reserved_one_by_one(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_bridge import collect
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not together")
+
+    monkeypatch.setattr(scheduler.arena.writer, "reserve_together", broken)
+    served = ended(scheduler, "a", "b")
+    collect.issue(served[0][0])
+    collect.flush()
+    for req, rows in served:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    counts = check_sums(scheduler)
+    assert (counts["finished"], counts["ticketed"], counts["hook_errors"]) == (2, 2, 1)
+
+
+def test_where_slots_run_out_within_a_step_the_rest_of_it_goes_inline(
+    scheduler: Scheduler,
+) -> None:
+    from sglang_bridge import collect
+
+    served = ended(scheduler, *(f"{i}" for i in range(10)))  # there are 8 slots
+    collect.issue(served[9][0])
+    collect.flush()
+    for i, (req, rows) in enumerate(served):
+        with ShmRouteReader(envelope_of(req)) as routes:
+            assert routes.inline == (i >= 8)
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    counts = check_sums(scheduler)
+    assert (counts["finished"], counts["ticketed"], counts["inline_full"]) == (10, 8, 2)
+
+
+def test_what_of_a_step_the_gatherer_cannot_take_goes_inline(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_bridge import collect
+
+    two = 2 * 24 * ROUTES.row_bytes
+    monkeypatch.setattr(scheduler.publisher.gatherer, "has_room", lambda nbytes: nbytes <= two)
+    served = ended(scheduler, "a", "b", "c")
+    collect.issue(served[0][0])
+    collect.flush()
+    for i, (req, rows) in enumerate(served):
+        with ShmRouteReader(envelope_of(req)) as routes:
+            assert routes.inline == (i == 2)
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    assert check_sums(scheduler)["inline_unlocked"] == 1
+
+
+def test_a_request_without_rows_among_others_is_an_empty_record(scheduler: Scheduler) -> None:
+    from sglang_bridge import collect
+
+    served = ended(scheduler, "a")
+    empty, _ = scheduler.request("empty", prompt=20, output=0, routed_experts_start_len=20)
+    collect.collect(scheduler, empty)
+    served += ended(scheduler, "b")
+    collect.issue(empty)
+    collect.flush()
+    assert ShmRouteReader(envelope_of(empty)).tokens == 0
+    for req, rows in served:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    counts = check_sums(scheduler)
+    assert (counts["finished"], counts["ticketed"], counts["inline_empty"]) == (3, 2, 1)
+
+
+def test_after_a_device_error_a_whole_step_goes_inline(scheduler: Scheduler) -> None:
+    from sglang_bridge import collect
+
+    scheduler.publisher._broken = True
+    served = ended(scheduler, "a", "b")
+    collect.issue(served[0][0])
+    for req, rows in served:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            assert routes.inline
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    assert check_sums(scheduler)["inline_after_failure"] == 2
+
+
+def test_rids_that_are_the_same_in_one_step_each_have_a_ticket_and_the_last_has_the_name(
+    scheduler: Scheduler,
+) -> None:
+    from sglang_bridge import collect
+
+    served = ended(scheduler, "twin", "twin")
+    collect.issue(served[0][0])
+    collect.flush()
+    for req, rows in served:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    with ShmRouteReader("twin", arena=scheduler.arena.name) as routes:
+        np.testing.assert_array_equal(routes.numpy(), served[1][1][:-1])
+
+
+def test_while_requests_are_noted_sealing_waits(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is Python, on the scheduler thread's interpreter, and nobody needs it that soon."""
+    from sglang_bridge import collect
+
+    monkeypatch.setattr("sglang_bridge.publisher._PATIENCE", 60.0)
+    sealer_is_there, noted = threading.Event(), threading.Event()
+    let_run = scheduler.publisher._let_the_scheduler_run
+
+    def after_the_next_step_began() -> None:
+        sealer_is_there.set()
+        noted.wait(20)
+        let_run()
+
+    monkeypatch.setattr(scheduler.publisher, "_let_the_scheduler_run", after_the_next_step_began)
+    ((first, _),) = ended(scheduler, "first")
+    collect.flush()
+    assert sealer_is_there.wait(20)
+    ended(scheduler, "second")
+    noted.set()
+    with pytest.raises(shmroute.RouteTimeout):
+        ShmRouteReader(envelope_of(first), timeout=0.1)
+    collect.flush()
+    with ShmRouteReader(envelope_of(first)) as routes:
+        assert routes.tokens == 24
+
+
+# -- shadow mode, and token ids -------------------------------------------------------------------
 
 
 def test_shadow_mode_takes_the_locations_before_sglang_reads_them(

@@ -43,7 +43,7 @@ def test_a_request_s_slot_is_read_where_its_version_has_it(
 ) -> None:
     installed(number)
     req = SimpleNamespace(req_pool_idx=3, kv=SimpleNamespace(req_pool_idx=7))
-    assert versions.request_slot(req) == slot
+    assert versions.request_slot_reader()(req) == slot
 
 
 def test_kv_locations_are_the_virtual_ones_where_there_are_any(installed: Any) -> None:
