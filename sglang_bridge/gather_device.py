@@ -128,6 +128,9 @@ class DeviceGatherer:
         self._locations = torch.empty(
             2 * len(table.tags) + _LOCATIONS_LEAST, dtype=torch.int32, device=self.device
         )
+        # Plain numbers, asked at every request's end.
+        self._locations_address = self._locations.data_ptr()
+        self._locations_room = self._locations.numel()
         self._locations_used = 0
         self._pool: torch.Tensor | None = None
         self._pool_address, self._pool_stride = 0, 0
@@ -188,11 +191,16 @@ class DeviceGatherer:
             self._look_at(req_to_token)
         if not self._ordered:
             self._choose_stream()
-        if start == end:
+        count, first = end - start, self._locations_used
+        if not count:
             return DeviceLocations(0, self._locations)
-        taken = self._place_for(end - start)
+        if first + count <= self._locations_room:
+            self._locations_used = first + count
+            taken = DeviceLocations(self._locations_address + _INT32 * first, self._locations)
+        else:
+            taken = self._place_elsewhere(count)
         source = self._pool_address + _INT32 * (slot * self._pool_stride + start)
-        nbytes = _INT32 * (end - start)
+        nbytes = _INT32 * count
         if self._aside:
             copy(taken.address, source, nbytes, self._gather)
             self._taken.record(self._gather)
@@ -216,14 +224,10 @@ class DeviceGatherer:
         self._pool = req_to_token
         self._pool_address, self._pool_stride = req_to_token.data_ptr(), req_to_token.stride(0)
 
-    def _place_for(self, count: int) -> DeviceLocations:
-        first, memory = self._locations_used, self._locations
-        if first + count > len(memory):
-            with torch.cuda.stream(self._gather_stream):
-                memory = torch.empty(count, dtype=torch.int32, device=self.device)
-            return DeviceLocations(memory.data_ptr(), memory)
-        self._locations_used = first + count
-        return DeviceLocations(memory.data_ptr() + _INT32 * first, memory)
+    def _place_elsewhere(self, count: int) -> DeviceLocations:
+        with torch.cuda.stream(self._gather_stream):
+            memory = torch.empty(count, dtype=torch.int32, device=self.device)
+        return DeviceLocations(memory.data_ptr(), memory)
 
     # -- scheduler thread --------------------------------------------------------------------
 
@@ -290,7 +294,7 @@ class DeviceGatherer:
         ]
         nbytes = _INT64 * PIECE_FIELDS * count
         copy(lane.pieces.data_ptr(), buffer.pieces_address, nbytes, self._gather)
-        longest = max(piece.rows for piece in run.pieces)
+        longest = max([piece.rows for piece in run.pieces])
         self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags, self._gather)
 
     def copy_rows(self, run: Run, lane: Lane) -> None:
