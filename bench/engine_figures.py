@@ -318,7 +318,7 @@ def _finishes(figures: Figures) -> None:
             for tokens, seconds in trace["finished"]:
                 by_length.setdefault(_length(tokens), []).append(seconds)
         for length, seconds in by_length.items():
-            what = f"{name}, scheduler thread, one finished request of {length}: collect"
+            what = f"{name}, scheduler thread, one finished request of {length}: collect + ticket"
             arena = name == "arena"
             p50, p99 = np.percentile(seconds, (50, 99))
             figures.add(f"{what} p50", p50 * US, "us", 100 if arena else None)
@@ -327,7 +327,7 @@ def _finishes(figures: Figures) -> None:
     for length in dict.fromkeys(length for _, length in costs):
         if ("native", length) in costs and ("arena", length) in costs:
             ratio = costs["native", length] / costs["arena", length]
-            what = f"native gather + send / arena collect + flush, {length}"
+            what = f"native gather + send / arena collect + ticket + flush, {length}"
             figures.add(what, ratio, "x", 500 if length == "32K" else None, "min")
 
 
@@ -345,7 +345,7 @@ def _steps(
         collecting, sending = np.median(np.array(pairs), axis=0)
         what = f"{name}, scheduler thread, step with {count} finished of {length}"
         budget = 3 if name == "arena" and count == 160 else None
-        figures.add(f"{what}: collect + flush p50", collecting * MS, "ms", budget)
+        figures.add(f"{what}: collect + ticket + flush p50", collecting * MS, "ms", budget)
         figures.add(f"{what}: send p50", sending * MS, "ms")
         if count == 1:
             costs[name, length] = collecting + (sending if name == "native" else 0.0)

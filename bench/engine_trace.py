@@ -17,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,8 @@ FILE_VARIABLE = "SHMROUTE_BENCH_TRACE"
 #: Kinds of rows. DECODE has the batch size, PREFILL minus it, FORWARD_* the batch size of a
 #: decode or 0, COLLECT the request's tokens, SEND the bytes of routes in the message.
 KINDS = (
-    "count", "decode", "prefill", "forward_begin", "forward_end", "collect", "flush", "finalize",
-    "send", "pinned_bytes", "gpu_bytes",
+    "count", "decode", "prefill", "forward_begin", "forward_end", "collect", "issue", "flush",
+    "finalize", "send", "pinned_bytes", "gpu_bytes",
 )  # fmt: skip
 
 Events: TypeAlias = npt.NDArray[Any]
@@ -110,10 +110,12 @@ def _install(recorder: Recorder) -> None:
     if os.environ.get("SHMROUTE_ARENA"):
         from sglang_bridge import collect
         from sglang_bridge.capturer import ArenaCapturer
+        from sglang_bridge.publisher import Publisher
 
         wrap(ArenaCapturer, "on_forward_begin", "forward_begin", _decoding)
         wrap(ArenaCapturer, "on_forward_end", "forward_end", _decoding)
         wrap(collect, "collect", "collect", _request_tokens)
+        wrap(Publisher, "issue", "issue", lambda *_: 0.0)
         wrap(collect, "flush", "flush", lambda *_: 0.0)
     else:
         wrap(BaseTopkCapturer, "on_forward_end", "forward_end", _decoding)
@@ -165,23 +167,53 @@ def _with_memory(recorder: Recorder) -> Size:
 # -- what the rows say ---------------------------------------------------------------------------
 
 
-def steps(events: Events) -> Iterator[tuple[Events, float, float]]:
-    """Each decode step that sent something: its collects, seconds collecting, seconds sending.
+class Step(NamedTuple):
+    """A decode step in which requests that asked for routes finished.
 
-    The send of a step follows its collects; a flush belongs to the step before it.
+    Attributes
+    ----------
+    collects
+        The calls at their ends.
+    issuing, flushing
+        Seconds spent on the tickets of all of them, and on handing them over.
+    sending
+        Seconds that the message with their responses took.
     """
+
+    collects: Events
+    issuing: float
+    flushing: float
+    sending: float
+
+    @property
+    def seconds(self) -> float:
+        """All but the sending."""
+        return float(self.collects["seconds"].sum()) + self.issuing + self.flushing
+
+    def of_each(self) -> Iterator[tuple[float, float]]:
+        """Tokens and seconds of each request, with its part of the issuing."""
+        part = self.issuing / len(self.collects)
+        for one in self.collects:
+            yield float(one["size"]), float(one["seconds"]) + part
+
+
+def steps(events: Events) -> Iterator[Step]:
+    """The send of a step follows its collects; a flush belongs to the step before it."""
     decodes = of_kind(events, "decode")
-    collects, flushes = of_kind(events, "collect"), of_kind(events, "flush")
-    sends = of_kind(events, "send")
+    collects, issues = of_kind(events, "collect"), of_kind(events, "issue")
+    flushes, sends = of_kind(events, "flush"), of_kind(events, "send")
     for index, step in enumerate(decodes):
         end = decodes["at"][index + 1] if index + 1 < len(decodes) else np.inf
         mine = _between(collects, step["at"], end)
         mine = mine[mine["size"] > 0]
         if len(mine):
-            collecting = mine["seconds"].sum() + _between(flushes, step["at"], end)["seconds"].sum()
             sending = _between(sends, mine["at"][0], end)
-            sent = sending["seconds"].max() if len(sending) else 0.0
-            yield mine, float(collecting), float(sent)
+            yield Step(
+                mine,
+                float(_between(issues, step["at"], end)["seconds"].sum()),
+                float(_between(flushes, step["at"], end)["seconds"].sum()),
+                float(sending["seconds"].max()) if len(sending) else 0.0,
+            )
 
 
 def _between(events: Events, first: float, end: float) -> Events:
@@ -191,19 +223,16 @@ def _between(events: Events, first: float, end: float) -> Events:
 
 def summary(events: Events) -> dict[str, Any]:
     """Seconds of hooks in a decode step, of each finished request, of steps with finishes."""
+    finishing = list(steps(events))
     return {
         "forward_begin": _decode_seconds(events, "forward_begin"),
         "forward_end": _decode_seconds(events, "forward_end"),
         "finalize": of_kind(events, "finalize")["seconds"].tolist(),
         "idle_flush": _without_finish(events),
-        "finished": [
-            [float(one["size"]), float(one["seconds"])]
-            for one in of_kind(events, "collect")
-            if one["size"] > 0
-        ],
+        "finished": [each for step in finishing for each in step.of_each()],
         "steps": [
-            [len(collects), float(collects["size"].max()), collecting, sending]
-            for collects, collecting, sending in steps(events)
+            [len(step.collects), float(step.collects["size"].max()), step.seconds, step.sending]
+            for step in finishing
         ],
         "pinned_bytes": of_kind(events, "pinned_bytes")["size"].tolist()[-1:],
         "gpu_bytes": of_kind(events, "gpu_bytes")["size"].tolist()[-1:],
