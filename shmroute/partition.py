@@ -86,7 +86,7 @@ class Partition:
     Raises
     ------
     ValueError
-        A rank that is none of its size, or a multiple below 1.
+        A rank that is none of its size, a multiple below 1, or one that is no integer.
 
     Notes
     -----
@@ -123,14 +123,21 @@ end=6)))
 
     def __post_init__(self) -> None:
         for name in ("cp_size", "sp_size", "sequence_multiple", "batch_multiple"):
-            if operator.index(getattr(self, name)) < 1:
+            if self._integer(name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         for kind in ("cp", "sp"):
-            rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
-            if not 0 <= operator.index(rank) < size:
+            rank, size = self._integer(f"{kind}_rank"), getattr(self, f"{kind}_size")
+            if not 0 <= rank < size:
                 raise ValueError(
                     f"{kind}_rank is {rank} with a {kind}_size of {size}: ranks are 0 to {size - 1}"
                 )
+
+    def _integer(self, name: str) -> int:
+        value = getattr(self, name)
+        try:
+            return operator.index(value)
+        except TypeError as error:
+            raise ValueError(f"{name} is {value!r}: it must be an integer") from error
 
     def cut(self, lengths: Sequence[int]) -> Cut:
         """What this rank computes of a batch.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import ArenaNotFound, RouteFailed, RouteGone, ShmRouteError, WriterDied
 from .reader import ShmRouteReader
 from .ticket import Ticket, parse_source
 
+_SINGLE = (str, bytes, bytearray, memoryview, Mapping, Ticket)
 _LISTS = (list, tuple)  # not a union, which Python would make anew for each source
 
 
@@ -55,9 +56,9 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
 
 
 def as_many(sources: Any) -> Iterable[Any]:
-    """One source or several, as several."""
-    single = isinstance(sources, str | bytes | bytearray | memoryview | dict)
-    return [sources] if single else sources
+    """One source or several, as several; what is neither will be refused as a source."""
+    several = isinstance(sources, Iterable) and not isinstance(sources, _SINGLE)
+    return sources if several else [sources]
 
 
 def is_sequence(source: Any) -> bool:

@@ -40,7 +40,11 @@ def _chosen(layers: slice | Iterable[int] | None, count: int) -> Sequence[int]:
         bounds = [bound for bound in (layers.start, layers.stop) if bound is not None]
         if any(not -count <= operator.index(bound) <= count for bound in bounds):
             raise ValueError(f"layers {layers} of records with {count} MoE layers")
+        if layers.step == 0:
+            raise ValueError(f"layers {layers} of {count}: a step of 0 leads nowhere")
         return range(count)[layers]
+    if isinstance(layers, (set, frozenset)):
+        raise ValueError(f"layers {layers} have no order: give a list")
     if isinstance(layers, int):
         raise ValueError(f"layers {layers}: give several positions, or [{layers}] for one")
     wanted = list(layers)

@@ -53,7 +53,7 @@ from torch import nn
 
 from ..errors import ReplayError
 from ..partition import Partition
-from .megatron_model import decoder_routers, unwrapped
+from .megatron_model import as_chunks, decoder_routers, unwrapped
 from .recomputation import Forwards, recomputing
 from .router_rows import RouterRows
 
@@ -88,7 +88,7 @@ class RouteReplay:
         self._forwards: Forwards[_MicroBatch] = Forwards()
         self._arena, self._timeout = arena, timeout
         self._scheduled = False
-        chunks = [model] if isinstance(model, nn.Module) else list(model)
+        chunks = as_chunks(model)
         found = decoder_routers(chunks)
         for router in (router for routers in found for router in routers):
             if isinstance(router.router_replay, LayerReplay):

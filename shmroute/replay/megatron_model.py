@@ -46,6 +46,24 @@ def decoder_routers(chunks: Sequence[nn.Module]) -> list[list[Router]]:
     return found
 
 
+def as_chunks(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    """One model or the list of its chunks, as a list.
+
+    Raises
+    ------
+    ReplayError
+        It is something else.
+    """
+    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    for chunk in chunks:
+        if not isinstance(chunk, nn.Module):
+            raise ReplayError(
+                f"the model, or a chunk of it, is a {type(chunk).__name__}: give the module, or "
+                "the list of modules, that forward_backward_func gets"
+            )
+    return chunks
+
+
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     """The model, what it wraps (``Float16Module``, DDP), and so on."""
     inner: Any = model

@@ -18,7 +18,7 @@ from ..errors import ReplayError
 from ..layout import RouteLayout
 from ..partition import Partition
 from ..reader import ShmRouteReader
-from ..releasing import as_many
+from ..releasing import as_many, records_of
 
 
 class RouterRows:
@@ -42,6 +42,10 @@ class RouterRows:
             raise ReplayError(
                 "routes of no sequences: a micro-batch without any needs none, so run its forward "
                 "without replay"
+            )
+        if tokens is not None and not isinstance(tokens, Partition):
+            raise ReplayError(
+                f"tokens is a {type(tokens).__name__}: give a shmroute.Partition, or None"
             )
         self._tokens = tokens or Partition()
         self._options: dict[str, Any] = {"arena": arena, "timeout": timeout}
@@ -103,10 +107,7 @@ class RouterRows:
 
     def _positions(self, layer_ids: Sequence[int], num_layers: int) -> list[int]:
         """Of the layers, on axis 1 of the records."""
-        first = self._sources[0]
-        with ShmRouteReader(
-            first[0] if isinstance(first, (list, tuple)) else first, **self._options
-        ) as record:
+        with ShmRouteReader(self._first_record(), **self._options) as record:
             self._layout = record.layout
         if self._layout.num_layers != num_layers:
             raise ReplayError(
@@ -123,6 +124,12 @@ class RouterRows:
                 f"{list(self._layout.layer_ids)[:64]}: is this the model that the rollout ran?"
             )
         return [position[layer] for layer in layer_ids]
+
+    def _first_record(self) -> Any:
+        records = records_of(self._sources[0])
+        if not records:
+            raise ReplayError("the first sequence is a list of no records: leave it out")
+        return records[0]
 
     def _side_by_side(self, rows: torch.Tensor, sequences: int) -> torch.Tensor:
         """Rows of sequences one behind the other as tokens ``[length, sequences]``, flattened."""

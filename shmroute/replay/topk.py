@@ -64,6 +64,8 @@ def moe_blocks(model: nn.Module) -> tuple[MoeBlock, ...]:
     ReplayError
         There are none, several in one layer, or of a kind whose routes do not say all.
     """
+    if not isinstance(model, nn.Module):
+        raise ReplayError(f"the model is a {type(model).__name__}: give the torch module itself")
     found = sorted(_blocks(model), key=lambda block: block.layer_id)
     if not found:
         raise ReplayError(

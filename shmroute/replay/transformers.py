@@ -76,6 +76,11 @@ def replay_routes(
     ...     logits = model(input_ids=tokens[None]).logits
     """
     blocks = moe_blocks(model)
+    if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+        raise ReplayError(
+            f"attention_mask is a {type(attention_mask).__name__}: give the tensor [batch, seq] "
+            "that the model gets"
+        )
     aligned = align(routes, attention_mask)
     if aligned.recorded is not None:
         _check_experts(aligned.recorded.num_experts, blocks)

@@ -218,6 +218,26 @@ def test_turns_of_a_conversation_are_one_sequence(sequences, tokens):
         assert torch.equal(once, again)
 
 
+@pytest.mark.parametrize("chunks", [None, "a path", [None]], ids=repr)
+def test_what_is_no_model_is_refused_by_its_type(chunks):
+    with pytest.raises(ReplayError, match="the model, or a chunk of it, is a"):
+        RouteReplay(chunks)
+
+
+@pytest.mark.parametrize(
+    ("sources", "share", "said"),
+    [
+        ([], None, "routes of no sequences"),
+        (["r"], 0, "tokens is a int: give a shmroute.Partition"),
+    ],
+)
+def test_a_micro_batch_that_cannot_be_is_refused(sources, share, said):
+    replay = RouteReplay(megatron.gpt(megatron.config()))
+    with replay.schedule(), pytest.raises(ReplayError, match=said):
+        with replay.micro_batch(sources, tokens=share):
+            pass
+
+
 def test_a_sequence_without_its_first_turn_is_refused(sequences, tokens):
     sequences.add(12)
     with sequences.arena.reserve("second", tokens=6, start=5) as slot:

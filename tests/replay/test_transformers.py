@@ -199,6 +199,18 @@ class TestEveryFamily:
         assert not torch.equal(own, routes)
         assert not torch.equal(logits, model(input_ids=tokens).logits)
 
+    def test_each_expert_gets_the_weight_that_is_its_own(
+        self, family: str, model_of, tokens
+    ) -> None:
+        """Chosen in another order, the same experts with the same weights give the same."""
+        model = model_of(family)
+        own = own_routes(model, tokens)
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits
+            with replay_routes(model, own.flip(-1)):
+                again = model(input_ids=tokens).logits
+        torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-5)
+
     def test_the_router_gets_gradients_through_the_replayed_choice(
         self, family: str, model_of, tokens
     ) -> None:
@@ -583,6 +595,18 @@ def test_ddp_and_fsdp_models_are_replayed(model, tokens, process_group: None, wr
 
 
 # -- what does not fit --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [None, "a path"], ids=repr)
+def test_what_is_no_model_is_refused_by_its_type(model: object) -> None:
+    with pytest.raises(ReplayError, match=f"the model is a {type(model).__name__}"):
+        with replay_routes(model, other_routes(3)):
+            pass
+
+
+def test_a_mask_that_is_no_tensor_is_refused(model, tokens) -> None:
+    mask = [[1] * TOKENS]
+    refused(model, tokens, other_routes(3), "attention_mask is a list", attention_mask=mask)
 
 
 def refused(

@@ -79,6 +79,16 @@ def test_a_single_source_is_a_batch_of_one(records, tickets):
     assert np.array_equal(batch.rows.numpy(), records[1].rows)
 
 
+@pytest.mark.parametrize("nothing", [None, 5, 1.5, object()], ids=repr)
+def test_what_is_no_source_is_refused_by_its_type(nothing):
+    with pytest.raises(InvalidTicket, match=rf"a {type(nothing).__name__} is no rid, ticket"):
+        read_batch(nothing)
+
+
+def test_a_decoded_ticket_is_a_batch_of_one(records, tickets):
+    assert torch.equal(read_batch(decode(tickets[1])).rows, read_batch(tickets[1]).rows)
+
+
 def test_inline_and_empty_records_mix_with_mapped_ones(arena, records, tickets):
     rows = pattern("inline", 0, 5)
     mixed = [
@@ -175,6 +185,8 @@ def test_layers_are_positions_on_axis_1(make_arena, layers):
         [1, -3],
         [0.0],
         ["0"],
+        {0, 1},
+        slice(0, 2, 0),
         [None],
         1.5,
     ],

@@ -112,6 +112,9 @@ def test_sequences_may_all_be_padded_to_one_length():
         ({"cp_size": 0}, "cp_size is 0"),
         ({"sequence_multiple": 0}, "sequence_multiple is 0"),
         ({"batch_multiple": -128}, "batch_multiple is -128"),
+        ({"cp_size": 2.0}, r"cp_size is 2\.0: it must be an integer"),
+        ({"sequence_multiple": None}, "sequence_multiple is None: it must be an integer"),
+        ({"cp_rank": "0"}, "cp_rank is '0': it must be an integer"),
     ],
 )
 def test_a_partition_that_cannot_be_is_refused_with_figures(how, said):
@@ -210,7 +213,7 @@ def test_pages_of_other_tokens_and_layers_are_not_touched(make_arena, actor):
         with arena.reserve(rid, tokens=tokens) as record:
             record.rows[...] = np.arange(tokens)[:, None, None] + np.arange(64)[:, None]
     rank = actor("""
-        import ctypes, mmap
+        import ctypes, itertools, mmap
         from shmroute.attached import attach
         libc = ctypes.CDLL(None, use_errno=True)
 
@@ -252,21 +255,21 @@ def test_pages_of_other_tokens_and_layers_are_not_touched(make_arena, actor):
 
         pipe = os.pipe()[1]
         read(Partition(), 0)  # torch is loaded
-        for cp_rank in range(2):
-            for stage in (0, 3):
-                partition = Partition(cp_rank=cp_rank, cp_size=2, sp_rank=1, sp_size=2)
-                expected = read(partition, stage).rows
-                mine = share(partition, stage)
-                for page in pages(*heap):
-                    protect(page * 4096, page * 4096 + 4096, page in mine | metadata)
-                again = read(partition, stage).rows
-                away = records[0].stored().address + (stage ^ 1) * 4096 + 4095
-                readable = libc.write(pipe, ctypes.c_void_p(away), ctypes.c_size_t(1)) == 1
-                protect(*heap, True)
-                say(equal=bool((again == expected).all()), rows=len(again), pages=len(mine),
-                    others_readable=readable)
+        for zigzag, rank, stage in itertools.product((True, False), range(4), range(4)):
+            partition = Partition(cp_rank=rank // 2, cp_size=2, zigzag=zigzag,
+                                  sp_rank=rank % 2, sp_size=2)
+            expected = read(partition, stage).rows
+            mine = share(partition, stage)
+            for page in pages(*heap):
+                protect(page * 4096, page * 4096 + 4096, page in mine | metadata)
+            again = read(partition, stage).rows
+            away = records[0].stored().address + (stage ^ 1) * 4096 + 4095
+            readable = libc.write(pipe, ctypes.c_void_p(away), ctypes.c_size_t(1)) == 1
+            protect(*heap, True)
+            say(equal=bool((again == expected).all()), rows=len(again), pages=len(mine),
+                others_readable=readable)
     """)
-    for _ in range(4):
+    for _ in range(2 * 4 * 4):
         said = rank.hear()
         assert said["equal"]
         assert not said["others_readable"]
