@@ -149,7 +149,7 @@ def _ratios(measured: Measured) -> Iterator[Row]:
     yield Row(f"{name}: native / int32 into kept memory", _rounded(native / widened_kept), "x")
     yield Row(f"{name}: both into kept memory, as stored", _rounded(lean_kept / kept), "x")
     yield Row(f"{name}: both into kept memory, int32", _rounded(lean_kept / widened_kept), "x")
-    yield Row(f"{name}: native / as stored", _rounded(native / stored), "x")
+    yield Row(f"{name}: native / as stored", _rounded(native / stored), "x", 50, "min")
     yield Row(f"{name}: native / int32", _rounded(native / widened), "x")
     yield Row(f"{name}: native, sample by sample / as stored", _rounded(lean / stored), "x")
     yield Row(f"{name}: native, sample by sample / int32", _rounded(lean / widened), "x")
