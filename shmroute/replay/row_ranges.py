@@ -11,11 +11,15 @@ Promises
     - A gap between turns, or rows that a turn does not have, is a ``ReplayError`` where the
       turns are joined, not rows of another token.
     - A record is opened only while it is read: a sample that waits keeps no lease.
+    - Ranges arrive in pickles and are not believed: one that reaches beyond its record is a
+      ``ReplayError`` where it is read, not rows of the record that lies beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +82,7 @@ def rows_of(source: Any, *, top_k: int) -> tuple[RowRange, int]:
     found = parse_source(source)
     if not isinstance(found, (Ticket, InlineRecord)):
         raise ReplayError(f"{found!r:.80} is a rid: hand over the ticket that its response carries")
-    routed = found.top_k if isinstance(found, Ticket) else found.routes.top_k
-    if routed != top_k:
-        raise ReplayError(
-            f"rid {found.rid!r} has routes of top-{routed}, the trainer replays top-{top_k}: is "
-            "its model the engine's?"
-        )
+    check_top_k(found.rid, found.top_k if isinstance(found, Ticket) else found.routes.top_k, top_k)
     return RowRange(found.encode(), 0, found.tokens), found.start
 
 
@@ -164,7 +163,8 @@ def read_placed(
     Raises
     ------
     ReplayError
-        The engine does not route in one of these layers.
+        The engine does not route in one of these layers, a record does not have a range's rows,
+        or a place is not within the tensor.
     LayoutMismatch
         The records are of models with other layers, experts or top-k.
     ShmRouteError
@@ -172,22 +172,56 @@ def read_placed(
     """
     from .. import transfer
 
+    ranges: dict[bytes, list[RowRange]] = {}
     runs: dict[bytes, list[Run]] = {}
     for to, part in places:
+        ranges.setdefault(part.ticket, []).append(part)
         runs.setdefault(part.ticket, []).append(Run(to, part.first, part.end))
-    records = [ShmRouteReader(ticket) for ticket in runs]
-    layout = records[0].layout
-    for record in records:
-        check_same_model(layout, record.layout)
-    routed = layout.layer_ids
-    return transfer.pack(
-        zip([record.stored() for record in records], runs.values(), strict=True),
-        selection.runs(range(len(routed)) if layers is None else _positions(layers, routed)),
-        rows=rows,
-        layout=layout,
-        device=device,
-        dtype=None,
-    )
+    try:
+        with contextlib.ExitStack() as opened:
+            records = [opened.enter_context(_opened(*each)) for each in ranges.items()]
+            _check_places(places, rows)
+            layout = records[0].layout
+            for record in records:
+                check_same_model(layout, record.layout)
+            routed = layout.layer_ids
+            return transfer.pack(
+                zip([record.stored() for record in records], runs.values(), strict=True),
+                selection.runs(
+                    range(len(routed)) if layers is None else _positions(layers, routed)
+                ),
+                rows=rows,
+                layout=layout,
+                device=device,
+                dtype=None,
+            )
+    except BaseException as error:
+        # Frames of the traceback hold rows, which hold leases, for as long as it is kept.
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def _opened(ticket: bytes, ranges: Iterable[RowRange]) -> ShmRouteReader:
+    """The record that these ranges are of, if it has their rows."""
+    record = ShmRouteReader(ticket)
+    for part in ranges:
+        if not 0 <= part.first <= part.end <= record.tokens:
+            record.close()
+            raise ReplayError(
+                f"rows [{part.first}, {part.end}) of rid {record.rid!r}, whose record has rows "
+                f"[0, {record.tokens}): was this range changed on its way? Take a record's with "
+                "rows_of, and cut and join it with cut and joined"
+            )
+    return record
+
+
+def _check_places(places: Iterable[tuple[int, RowRange]], rows: int) -> None:
+    for to, part in places:
+        if not 0 <= to <= rows - part.rows:
+            raise ReplayError(
+                f"{part.rows} rows at row {to} of a tensor of {rows}: give places within "
+                f"[0, {rows}), or the tensor as many rows as its ranges have"
+            )
 
 
 def _positions(layers: Sequence[int], routed: Sequence[int]) -> list[int]:
@@ -224,28 +258,33 @@ def native(
     Raises
     ------
     ReplayError
-        The engine's model has more layers.
+        The engine's model has more layers or another top-k, or a record does not have a
+        range's rows.
     ShmRouteError
         What ``ShmRouteReader`` raises.
     """
-    full = np.zeros((count(ranges), num_layers, top_k), dtype=dtype)
-    at = 0
-    for part in ranges:
-        with ShmRouteReader(part.ticket) as routes:
-            check_layers(routes.layout, num_layers)
-            rows = routes.numpy()[part.first : part.end]
-            full[at : at + part.rows, list(routes.layer_ids)] = rows
-        at += part.rows
+    with contextlib.ExitStack() as opened:
+        records = [opened.enter_context(_opened(part.ticket, [part])) for part in ranges]
+        for record in records:
+            check_layers(record.layout, num_layers)
+            check_top_k(record.rid, record.layout.top_k, top_k)
+        full = np.zeros((count(ranges), num_layers, top_k), dtype=dtype)
+        at = 0
+        for record, part in zip(records, ranges, strict=True):
+            full[at : at + part.rows, list(record.layer_ids)] = record.numpy()[
+                part.first : part.end
+            ]
+            at += part.rows
     return full
 
 
 def one_layer(part: RowRange, layer: int) -> npt.NDArray[np.int32]:
     """``[rows, top_k]`` of one decoder layer as SGLang returns it: zero without experts."""
-    with ShmRouteReader(part.ticket) as routes:
+    with _opened(part.ticket, [part]) as routes:
         if layer not in routes.layer_ids:
             return np.zeros((part.rows, routes.layout.top_k), dtype=np.int32)
-        rows = routes.numpy()[part.first : part.end, routes.layer_ids.index(layer)]
-        return rows.astype(np.int32)
+        column = routes.layer_ids.index(layer)
+        return routes.numpy()[part.first : part.end, column].astype(np.int32)
 
 
 def check_layers(layout: RouteLayout, num_layers: int) -> None:
@@ -254,6 +293,15 @@ def check_layers(layout: RouteLayout, num_layers: int) -> None:
         raise ReplayError(
             f"the engine's model {layout.model!r} routes in decoder layer {layout.layer_ids[-1]}, "
             f"the trainer's has layers [0, {num_layers}): is it the same model?"
+        )
+
+
+def check_top_k(rid: str, routed: int, top_k: int) -> None:
+    """Refuse routes of another number of experts a token than the trainer's router takes."""
+    if routed != top_k:
+        raise ReplayError(
+            f"rid {rid!r} has routes of top-{routed}, the trainer replays top-{top_k}: is its "
+            "model the engine's?"
         )
 
 
