@@ -61,6 +61,8 @@ class TravellingRows:
         return TravellingRows(kept, self.num_layers, self.top_k, self._load)
 
     def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> Any:
+        if copy is False:
+            raise ValueError("rows that travel are read into new memory: only a copy can be had")
         rows = row_ranges.native(self.ranges, num_layers=self.num_layers, top_k=self.top_k)
         return rows if dtype is None else rows.astype(dtype, copy=False)
 

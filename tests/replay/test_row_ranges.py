@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from rollouts import NUM_LAYERS, TOP_K, rollout
@@ -11,6 +12,7 @@ from rollouts import NUM_LAYERS, TOP_K, rollout
 from shmroute import ReplayError, release
 from shmroute.replay import row_ranges
 from shmroute.replay.row_ranges import RowRange
+from shmroute.replay.travelling import TravellingRows
 
 CPU = torch.device("cpu")
 OUTSIDE = [(0, 40), (7, 8), (-1, 3), (5, 2), (-3, -1), (0, 1 << 60)]
@@ -85,3 +87,14 @@ def test_an_error_that_is_kept_keeps_no_lease(arena, read):
     release([ticket])
     assert arena.writer.reclaim() == 1
     assert kept.value.__traceback__ is not None
+
+
+@pytest.mark.skipif(np.__version__ < "2", reason="NumPy 1 does not ask")
+def test_travelling_rows_are_an_array_by_numpys_contract(arena):
+    ticket, _ = two_records(arena)
+    rows = TravellingRows([RowRange(ticket, 0, 7)], NUM_LAYERS, TOP_K, row_ranges.native)
+    for copy in (None, True):
+        assert np.array_equal(np.array(rows, copy=copy), native(RowRange(ticket, 0, 7)))
+    assert np.asarray(rows, dtype=np.int16).dtype == np.int16
+    with pytest.raises(ValueError, match="only a copy"):
+        np.array(rows, copy=False)
