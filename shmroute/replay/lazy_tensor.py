@@ -16,7 +16,9 @@ The layers selected from one tensor (a micro-batch's, of a pipeline stage) are r
 stored, when the first is needed, in one copy instead of one a layer of ``top_k`` bytes a token. The
 device lets go of them when each has been used once.
 
-Any other operation sees the rows: they are read and the operation runs on a plain tensor.
+Any other operation sees the rows: they are read and the operation runs on a plain tensor. So do
+``numpy``, ``tolist`` and DLPack. What would write into the tensor, or wants its address, is a
+``ReplayError``: it has no memory.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -197,6 +201,27 @@ class LazyRoutes(torch.Tensor):
             return torch.from_numpy(row_ranges.native([part], num_layers=layers, top_k=top_k))
         return torch.from_numpy(row_ranges.one_layer(part, self._layer))
 
+    def numpy(self, *, force: bool = False) -> npt.NDArray[np.int32]:
+        """The rows as an array, a copy."""
+        rows: npt.NDArray[np.int32] = self.plain().numpy(force=force)
+        return rows
+
+    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("routes are read into new memory: only a copy can be had")
+        rows = self.numpy()
+        return rows if dtype is None else rows.astype(dtype, copy=False)
+
+    def tolist(self) -> list[Any]:
+        """The rows as lists, a copy."""
+        rows: list[Any] = self.plain().tolist()
+        return rows
+
+    def __dlpack__(self, **wanted: Any) -> Any:
+        if wanted.get("copy") is False:
+            raise BufferError("routes are read into new memory: only a copy can be had")
+        return self.plain().__dlpack__(**wanted)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         flat = self.dim() == 1
         if self._layer is not None:
@@ -205,6 +230,20 @@ class LazyRoutes(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise _read_only("assignment")  # it would be to a copy
+
+    # Torch's own of these work on memory at address 0.
+
+    def apply_(self, callable: Any) -> Any:
+        raise _read_only("apply_")
+
+    def map_(self, tensor: Any, callable: Any) -> Any:
+        raise _read_only("map_")
+
+    def share_memory_(self) -> Any:
+        raise _no_memory("share_memory_")
+
+    def data_ptr(self) -> int:
+        raise _no_memory("data_ptr")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LazyRoutes:
         return self
@@ -226,6 +265,13 @@ class LazyRoutes(torch.Tensor):
 
 def _read_only(what: Any) -> ReplayError:
     return ReplayError(f"{what} would change routes, which are read-only: use plain()")
+
+
+def _no_memory(what: str) -> ReplayError:
+    return ReplayError(
+        f"{what} of routes that have no memory of their own: send them to other processes as they "
+        f"are, they travel as tickets, or use plain().{what}()"
+    )
 
 
 def _unpickle(parts: Sequence[Part], row: tuple[int, int], flat: bool) -> LazyRoutes:

@@ -12,6 +12,7 @@ import sys
 import types
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from documented_slime import RoutingReplay, Sample, of_rank, sent_to_trainer
@@ -99,6 +100,37 @@ def test_operations_that_slime_does_not_use_see_the_rows(arena):
     for change in (lambda: routes.fill_(0), lambda: routes.__setitem__(0, 0)):
         with pytest.raises(ReplayError, match="read-only"):
             change()
+
+
+@pytest.mark.parametrize("of", ["rows", "flat", "layer"])
+def test_arrays_and_lists_of_routes_are_copies_of_their_rows(arena, of):
+    sent = rollout(arena, "r", [8, 20])
+    whole, plain = sample_of(sent.turns).rollout_routed_experts, natively(sent)
+    routes, expected = {
+        "rows": (whole, plain),
+        "flat": (whole.reshape(-1), plain.reshape(-1)),
+        "layer": (whole[:, 2], plain[:, 2]),
+    }[of]
+    assert isinstance(routes, LazyRoutes)
+    assert routes.tolist() == expected.tolist()
+    for array in (routes.numpy(), np.asarray(routes), np.from_dlpack(routes)):
+        assert array.dtype == np.int32
+        assert np.array_equal(array, expected.numpy())
+    assert torch.equal(torch.from_dlpack(routes), expected)
+    assert np.asarray(routes, dtype=np.int64).dtype == np.int64
+    changed = routes.numpy()
+    changed += 1
+    assert torch.equal(routes.plain(), expected)
+    with pytest.raises(ValueError, match="only a copy"):
+        np.array(routes, copy=False)
+
+
+@pytest.mark.parametrize("call", ["share_memory_()", "data_ptr()", "apply_(abs)", "map_(r, abs)"])
+def test_what_wants_memory_that_routes_do_not_have_is_refused(arena, call):
+    sent = rollout(arena, "r", [8])
+    routes = sample_of(sent.turns).rollout_routed_experts
+    with pytest.raises(ReplayError, match=r"use plain\(\)"):
+        eval(f"r.{call}", {"r": routes})
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, WIDE], ids=["128 experts", "512 experts"])
