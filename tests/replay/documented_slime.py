@@ -57,18 +57,34 @@ class Sample:
 
 
 class RoutingReplay:
+    """One router's replay. It has a place for each of the two ways in which it is read."""
+
+    replays: ClassVar[list[RoutingReplay]] = []
     lazy_resources: ClassVar[list[Any]] = []
 
     def __init__(self) -> None:
+        RoutingReplay.replays.append(self)
+        self.clear()
+
+    def clear(self) -> None:
         self.recorded: list[Any] = []
+        self.read = {"forward": 0, "backward": 0}
 
     def record(self, top_indices: Any) -> None:
         if not hasattr(top_indices, "materialize_for_routing_replay"):
             top_indices = top_indices.clone()
         self.recorded.append(top_indices)
 
-    def pop(self, stage: str) -> torch.Tensor:
-        found = self.recorded[0]
+    def pop_forward(self) -> torch.Tensor:
+        return self._next("forward")
+
+    def pop_backward(self) -> torch.Tensor:
+        return self._next("backward")
+
+    def _next(self, stage: str) -> torch.Tensor:
+        """The next micro-batch's rows."""
+        found = self.recorded[self.read[stage]]
+        self.read[stage] += 1
         if hasattr(found, "materialize_for_routing_replay"):
             found = found.materialize_for_routing_replay(stage)
         rows: torch.Tensor = found
@@ -79,7 +95,27 @@ class RoutingReplay:
         RoutingReplay.lazy_resources.append(resource)
 
     @staticmethod
+    def begin_lazy_pass(release_stage: str) -> None:
+        """Before log-probabilities are computed ("forward") and before training ("backward")."""
+        for resource in RoutingReplay.lazy_resources:
+            resource.begin_pass(release_stage)
+
+    @staticmethod
+    def clear_all_forward() -> None:
+        """Log-probabilities are computed: the training step's forward reads from the first on."""
+        for replay in RoutingReplay.replays:
+            replay.read["forward"] = 0
+
+    @staticmethod
+    def assert_all_consumed() -> None:
+        for replay in RoutingReplay.replays:
+            if set(replay.read.values()) != {len(replay.recorded)}:
+                raise RuntimeError(f"{len(replay.recorded)} recorded, read: {replay.read}")
+
+    @staticmethod
     def clear_all() -> None:
+        for replay in RoutingReplay.replays:
+            replay.clear()
         for resource in RoutingReplay.lazy_resources:
             resource.close()
         RoutingReplay.lazy_resources = []

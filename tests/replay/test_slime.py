@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import secrets
 import sys
 import types
 from argparse import Namespace
@@ -39,7 +40,7 @@ def slime_modules(monkeypatch):
     for module in (*packages, replay, rollout_module):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     yield rollout_module.sglang_rollout
-    RoutingReplay.lazy_resources = []
+    RoutingReplay.lazy_resources, RoutingReplay.replays = [], []
 
 
 def sample_of(turns, routes=slime.with_routes) -> Sample:
@@ -158,13 +159,35 @@ def test_each_rank_replays_the_same(make_arena, layout, cp, allgather, sp):
             replays = {layer: RoutingReplay() for layer in stage_layers}
             for layer, replay in replays.items():
                 replay.record(local[:, layer])
-            for stage in ("forward", "forward", "backward"):
+            passes = [RoutingReplay.pop_forward] * 2 + [RoutingReplay.pop_backward]
+            for number, pop in enumerate(passes):
+                RoutingReplay.begin_lazy_pass("backward" if number else "forward")
+                if number == 1:
+                    RoutingReplay.clear_all_forward()
                 for layer, replay in replays.items():
-                    rows = replay.pop(stage)
+                    rows = pop(replay)
                     assert rows.dtype == torch.int32
                     assert type(rows) is torch.Tensor
                     assert torch.equal(rows.cpu(), expected[:, layer])
                 assert local.resource.nbytes == 0, "a pass is over: nothing is kept"
+            RoutingReplay.assert_all_consumed()
+            RoutingReplay.lazy_resources, RoutingReplay.replays = [], []
+
+
+@pytest.mark.parametrize("release_stage", ["forward", "backward"])
+def test_what_a_pass_left_is_let_go_of_when_the_next_begins(arena, release_stage):
+    sent = rollout(arena, "r", [20])
+    routes, expected = sample_of(sent.turns).rollout_routed_experts, natively(sent)
+    replays = {layer: RoutingReplay() for layer in LAYOUT.layer_ids}
+    for layer, replay in replays.items():
+        replay.record(routes[:, layer])
+    replays[1].pop_forward()
+    assert routes.resource.nbytes
+    RoutingReplay.begin_lazy_pass(release_stage)
+    assert routes.resource.nbytes == 0
+    for layer, replay in reversed(replays.items()):
+        assert torch.equal(replay.pop_backward().cpu(), expected[:, layer])
+    assert routes.resource.nbytes == 0
 
 
 def test_a_pass_reads_a_micro_batch_once(arena):
@@ -242,8 +265,10 @@ def test_routes_that_do_not_fit_are_named(make_arena):
         )
     with pytest.raises(ReplayError, match="'r' is a rid"):
         slime.with_routes(ARGS, {"routed_experts": "r"})
-    with pytest.raises(InvalidTicket, match="native routes"):
-        slime.with_routes(ARGS, {"routed_experts": "AAAA" * 2000})
+    with pytest.raises(ReplayError, match="is a rid"):
+        slime.with_routes(ARGS, {"routed_experts": secrets.token_hex(16)})
+    with pytest.raises(InvalidTicket, match="neither a rid nor a ticket"):
+        slime.with_routes(ARGS, {"routed_experts": "r" * 5000})
     routes = sample_of(sent.turns).rollout_routed_experts
     with pytest.raises(
         ReplayError, match=r"routers in decoder layers \[3\], the engine routes in \[1, 2, 4\]"
@@ -259,6 +284,13 @@ def test_routes_that_do_not_fit_are_named(make_arena):
     mixed = torch.cat([routes, sample_of(other.turns).rollout_routed_experts])
     with pytest.raises(LayoutMismatch, match="models with other"):
         mixed[:, 1].materialize_for_routing_replay("forward")
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 400])
+def test_an_engine_without_an_arena_is_named(arena, tokens):
+    native = rollout(arena, "r", [tokens]).native
+    with pytest.raises(ReplayError, match=r"native routes.*Start it with --shmroute-arena NAME"):
+        slime.with_routes(ARGS, {"routed_experts": native})
 
 
 def test_a_response_without_routes_is_left_as_it_is():
