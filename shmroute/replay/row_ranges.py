@@ -33,6 +33,7 @@ from ..reader import ShmRouteReader
 from ..releasing import release
 from ..selection import Run
 from ..ticket import InlineRecord, Ticket, parse_source
+from . import native_rows
 
 if TYPE_CHECKING:
     import torch
@@ -75,10 +76,16 @@ def rows_of(source: Any, *, top_k: int) -> tuple[RowRange, int]:
     Raises
     ------
     ReplayError
-        A rid, or routes of another top-k.
+        A rid, the rows of an engine that has no arena, or routes of another top-k.
     InvalidTicket, RouteFailed
         See ``shmroute.errors``.
     """
+    if isinstance(source, str) and native_rows.looks_native(source, top_k=top_k):
+        raise ReplayError(
+            f"{len(source)} characters of SGLang's native routes (int32 in base64), and no ticket: "
+            "this engine has no arena. Start it with --shmroute-arena NAME, or SHMROUTE_ARENA=NAME "
+            "in its environment"
+        )
     found = parse_source(source)
     if not isinstance(found, (Ticket, InlineRecord)):
         raise ReplayError(f"{found!r:.80} is a rid: hand over the ticket that its response carries")
