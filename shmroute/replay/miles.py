@@ -71,9 +71,13 @@ async def generate(input: GenerateFnInput) -> GenerateFnOutput:
 
 
 def routes_wanted(sample: Sample) -> dict[str, int]:
-    """What to add to a request's payload, so that no row is recorded twice."""
+    """What to add to a request's payload, so that no row is recorded twice.
+
+    A sample that was unpickled has an array: its rows cannot be joined to a ticket, and the turn
+    is asked for all of them.
+    """
     known = sample.rollout_routed_experts
-    return {} if known is None else {"routed_experts_start_len": len(known)}
+    return {"routed_experts_start_len": len(known)} if isinstance(known, TravellingRows) else {}
 
 
 async def update_sample(
@@ -91,7 +95,8 @@ async def update_sample(
     Raises
     ------
     ReplayError
-        The turn leaves a gap, its routes end at another token than the sample, or it has none.
+        The turn leaves a gap, its routes end at another token than the sample, or it has none;
+        or it is a delta, and the sample's rows an array, see ``routes_wanted``.
     """
     from miles.rollout.generate_utils.generate_endpoint_utils import update_sample_from_response
 
@@ -114,7 +119,11 @@ async def update_sample(
 
 
 def travelling(
-    ticket: Any, known: TravellingRows | None, args: Any, *, tokens: int
+    ticket: Any,
+    known: TravellingRows | npt.NDArray[np.int32] | None,
+    args: Any,
+    *,
+    tokens: int,
 ) -> TravellingRows:
     """The routes of a sequence of ``tokens`` tokens: those known, and a turn's.
 
@@ -124,7 +133,13 @@ def travelling(
         See ``update_sample``.
     """
     turn, start = row_ranges.rows_of(ticket, top_k=args.moe_router_topk)
-    before = () if known is None else known.ranges
+    before = known.ranges if isinstance(known, TravellingRows) else ()
+    if start and known is not None and not isinstance(known, TravellingRows):
+        raise ReplayError(
+            f"this turn has routes from token {start} on, and the sample's {len(known)} rows were "
+            "read when it was unpickled, with no ticket left to join: ask the turn of such a sample "
+            "for all rows, without routed_experts_start_len, as routes_wanted(sample) does"
+        )
     ranges = row_ranges.joined(before, turn, start, tokens=tokens)
     return TravellingRows(ranges, args.num_layers, args.moe_router_topk, load)
 

@@ -103,6 +103,21 @@ def stripped_sample_has_its_rows(rollout: dict[str, Any], strip: int) -> None:
     assert (arrived == theirs.rollout_routed_experts).all()
 
 
+def continued_after_a_pickle(turns: list[tuple[int, str]]) -> dict[str, Any]:
+    """What the second turn of a sample that was unpickled is asked for; its rows, or why none."""
+    end, second = turns[1]
+    sample = pickle.loads(pickle.dumps(by_ticket(turns[:1])))
+    asked = miles.routes_wanted(sample)
+    payload = {"return_routed_experts": True}
+    output = answer(end - len(sample.tokens), second)
+    try:
+        asyncio.run(miles.update_sample(ARGS, sample, payload, output))
+    except ShmRouteError as error:
+        return {"asked": asked, "refused": f"{type(error).__name__}: {error}"}
+    rows = pickle.loads(pickle.dumps(sample.rollout_routed_experts))
+    return {"asked": asked, "rows": rows.tolist()}
+
+
 class Recorder:
     """Takes what a layer's replay is given; miles's own copies it into page-locked memory."""
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from peer_process import ROOT, PeerProcess
 from rollouts import NUM_LAYERS, TOP_K, rollout
+
+PYTHON = ROOT / ".venv/miles/bin/python"
 
 
 @pytest.fixture(scope="module")
 def miles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerProcess]:
     errors = tmp_path_factory.mktemp("miles") / "errors"
-    process = PeerProcess(ROOT / ".venv/miles/bin/python", "miles_cases.py", errors)
+    process = PeerProcess(PYTHON, "miles_cases.py", errors)
     yield process
     process.end()
 
@@ -72,6 +77,27 @@ def test_records_are_released_before_the_first_training_step(miles, arena):
     assert arena.writer.reclaim() == 2
 
 
+def test_no_rank_releases_what_another_has_not_read(arena, tmp_path):
+    """Ranks of one data-parallel group read the same records."""
+    sent = rollout(arena, "r", [20])
+    facts = {"ticket": sent.tickets[0], "native": sent.native, "wanting": str(tmp_path / "wanting")}
+    ranks = [PeerProcess(PYTHON, "miles_ranks.py", tmp_path / f"errors{i}") for i in range(2)]
+    try:
+        with ThreadPoolExecutor() as pool:
+            store = str(tmp_path / "store")
+            join = [pool.submit(r.ask, "join", rank=i, store=store) for i, r in enumerate(ranks)]
+            assert [each.result() for each in join] == [None, None]
+            train = [
+                pool.submit(rank.ask, "train", slow=slow, **facts)
+                for rank, slow in zip(ranks, (False, True), strict=True)
+            ]
+            assert [each.result() for each in reversed(train)] == [True, True]
+    finally:
+        for rank in ranks:
+            rank.end()
+    assert arena.writer.reclaim() == 1
+
+
 def test_generate_asks_a_continued_sample_for_new_rows_only(miles, arena):
     sent = rollout(arena, "r", [8, 20])
     found = miles.ask("generate_in_turns", turns=sent.turns)
@@ -83,6 +109,20 @@ def test_generate_asks_a_continued_sample_for_new_rows_only(miles, arena):
         "rows": 19,
         "status": "completed",
     }
+
+
+def test_a_sample_that_was_unpickled_is_asked_for_all_rows(miles, arena):
+    first, whole = rollout(arena, "first", [8], seed=1), rollout(arena, "whole", [20], seed=2)
+    found = miles.ask("continued_after_a_pickle", turns=[*first.turns, *whole.turns])
+    assert found["asked"] == {}
+    native = np.frombuffer(base64.b64decode(whole.native), np.int32)
+    assert found["rows"] == native.reshape(19, NUM_LAYERS, TOP_K).tolist()
+
+
+def test_a_delta_for_a_sample_that_was_unpickled_is_named(miles, arena):
+    found = miles.ask("continued_after_a_pickle", turns=rollout(arena, "r", [8, 20]).turns)
+    assert found["refused"].startswith("ReplayError: this turn has routes from token 7 on")
+    assert "without routed_experts_start_len" in found["refused"]
 
 
 def test_an_evaluation_asks_for_no_routes(miles):
@@ -103,4 +143,7 @@ def test_turns_that_do_not_fit_are_named(miles, arena):
     assert f"routes of top-{TOP_K}, the trainer replays top-8" in other
     lacking = miles.ask("refused", turns=[[end, None]])
     assert "carries no routed_experts" in lacking
-    assert {each.split(":")[0] for each in (gap, changed, other, lacking)} == {"ReplayError"}
+    plain = miles.ask("refused", turns=[[8, rollout(arena, "n", [8]).native]])
+    assert "Start it with --shmroute-arena NAME" in plain
+    errors = (gap, changed, other, lacking, plain)
+    assert {each.split(":")[0] for each in errors} == {"ReplayError"}
