@@ -137,8 +137,8 @@ def travelling(
     if start and known is not None and not isinstance(known, TravellingRows):
         raise ReplayError(
             f"this turn has routes from token {start} on, and the sample's {len(known)} rows were "
-            "read when it was unpickled, with no ticket left to join: ask the turn of such a sample "
-            "for all rows, without routed_experts_start_len, as routes_wanted(sample) does"
+            "read when it was unpickled, with no ticket left to join: ask such a sample's turn for "
+            "all rows, without routed_experts_start_len, as routes_wanted(sample) does"
         )
     ranges = row_ranges.joined(before, turn, start, tokens=tokens)
     return TravellingRows(ranges, args.num_layers, args.moe_router_topk, load)
