@@ -65,15 +65,19 @@ class CapturedRoutes:
         ------
         ReplayError
             Another top-k, or rows that do not begin with the sequence: verl asks each turn for
-            the whole of it.
+            the whole of it, and keeps the last turn's in place of those before.
         InvalidTicket, RouteFailed
             See ``shmroute.errors``.
         """
         if self._ticket is None:
             return None
         turn, start = row_ranges.rows_of(self._ticket, top_k=top_k)
-        ranges = row_ranges.joined((), turn, start, tokens=start + turn.rows + 1)
-        return TravellingRows(ranges, num_layers, top_k, load)
+        if start:
+            raise ReplayError(
+                f"this response has routes from token {start} on, and verl takes each as those of "
+                "the whole sequence: send the request without routed_experts_start_len"
+            )
+        return TravellingRows([turn], num_layers, top_k, load)
 
 
 def from_meta_info(output: Mapping[str, Any]) -> CapturedRoutes:

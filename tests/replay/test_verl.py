@@ -4,6 +4,7 @@ batch and router replay.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -85,19 +86,34 @@ def test_verls_configuration_takes_the_settings_as_they_are_documented(verl):
 
 
 def test_responses_that_do_not_fit_are_named(verl, arena):
+    """Deltas among them: verl's own code cannot ask for any, and would keep the last alone."""
     delta = rollout(arena, "r", [8, 20]).turns[1][1]
     gap = verl.ask("refused", ticket=delta)
     assert gap.startswith("ReplayError")
     assert "from token 7 on" in gap
+    assert "send the request without routed_experts_start_len" in gap
     other = verl.ask("refused", ticket=delta, top_k=8)
     assert f"routes of top-{TOP_K}, the trainer replays top-8" in other
     assert verl.ask("refused", ticket=None) == ""
+    native = verl.ask("refused", ticket=rollout(arena, "n", [8]).native)
+    assert "--shmroute-arena" in native
 
 
 def test_another_verl_is_refused(verl):
     assert "knows how verl 0.0.1 decodes routes, not verl 0.9.1" in verl.ask(
         "other_verl_is_refused"
     )
+
+
+def test_verl_cannot_ask_for_deltas():
+    """So that the newest turn's rows are the whole sequence's; should verl learn it, see
+    ``CapturedRoutes``.
+    """
+    verl = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
+    files = [verl / "experimental/agent_loop", verl / "workers/rollout"]
+    sources = [file.read_text() for folder in files for file in folder.rglob("*.py")]
+    assert any("return_routed_experts" in source for source in sources)
+    assert not any("routed_experts_start_len" in source for source in sources)
 
 
 def test_an_sglang_that_has_the_module_is_refused(tmp_path):
