@@ -79,7 +79,7 @@ def test_a_single_source_is_a_batch_of_one(records, tickets):
     assert np.array_equal(batch.rows.numpy(), records[1].rows)
 
 
-@pytest.mark.parametrize("nothing", [None, 5, 1.5, object()], ids=repr)
+@pytest.mark.parametrize("nothing", [None, 5, 1.5, object()], ids=lambda it: type(it).__name__)
 def test_what_is_no_source_is_refused_by_its_type(nothing):
     with pytest.raises(InvalidTicket, match=rf"a {type(nothing).__name__} is no rid, ticket"):
         read_batch(nothing)
