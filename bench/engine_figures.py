@@ -83,6 +83,10 @@ def _starts(figures: Figures) -> None:
 
 def _throughput(figures: Figures) -> None:
     _rates(figures, "throughput", "all finish in one step", 99.8)
+    opened = [load["last_open_seconds"] for load in figures.loads("arena", "throughput")]
+    if opened:
+        what = "arena, all finish in one step: from the last response to the last record's opening"
+        figures.add(what, statistics.median(opened) * MS, "ms")
     for name in ROUTED:
         rates = [load["tokens_per_second"] for load in figures.loads(name, "unasked")]
         if rates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,6 +39,19 @@ class TakenRoutes:
             self._kept += [meta["routed_experts"] for meta in metas]
             if not self.keep:
                 self.release()
+
+    def opened(self, answers: Iterable[dict[str, Any]]) -> float | None:
+        """When each record that these speak of has been open, by `time.perf_counter`; None
+        without an arena.
+        """
+        if not self._arena:
+            return None
+        from shmroute import ShmRouteReader
+
+        for answer in answers:
+            with ShmRouteReader(answer, timeout=60):
+                pass
+        return time.perf_counter()
 
     def release(self) -> None:
         if self._kept:

@@ -152,7 +152,6 @@ class Worker:
         self._routes.keep = True
         before = self._routes.rows
         await throughput(load, asks=self._asks)
-        time.sleep(0.5)  # the last records are sealed
         held = self._routes.rows - before
         self.figures["memory"] = {**self._memory_reading(), "rows_held": held}
         self._routes.keep = False

@@ -32,6 +32,9 @@ class Routes(Protocol):
     def take(self, answers: Iterable[dict[str, Any]], start: int = 0) -> None:
         """``start``: the first token whose row was asked for."""
 
+    def opened(self, answers: Iterable[dict[str, Any]]) -> float | None:
+        """When the records of all of them could be opened; None where there are none."""
+
 
 @dataclass(slots=True)
 class Load:
@@ -151,10 +154,13 @@ async def _timed_batch(
     tokens = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
     if tokens != sum(outputs):
         raise AssertionError(f"{tokens} tokens came, not {sum(outputs)}")
+    opened = load.routes.opened(answers) if asks else None
     if asks:
         load.routes.take(answers)
+    last = max(answer.received for answer in received)
     return {
         "seconds": seconds,
+        "last_open_seconds": None if opened is None else opened - last,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds,
         "route_bytes": route_bytes(answers[0]),
