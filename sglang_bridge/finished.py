@@ -75,6 +75,10 @@ class Gathered(Protocol):
 class Gatherer(Protocol):
     """Moves rows out of the route table into the arena; one form for a CPU, one for CUDA."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether the result of every forward that has begun is processed. Any thread."""
+
     def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
         """Begin; ``hand_over`` is called with what is gathered, in order, and None at the end."""
 

@@ -157,6 +157,10 @@ class DeviceGatherer:
 
     # -- the order of the schedule stream ----------------------------------------------------
 
+    @property
+    def idle(self) -> bool:
+        return self._begun == self._processed
+
     def forward_begins(self) -> int:
         """On the forward's stream, before the model; returns the forward's number."""
         self._begin.record(current_stream(self._index))

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from .finished import Finished, Gathered, Job
+from .interpreter import insisting
 from .table import RouteTable
 
 
@@ -38,6 +39,7 @@ class HostGatherer:
     def __init__(self, table: RouteTable) -> None:
         self._table = table
         table.fence = self.fence
+        self._begun, self._processed = 0, 0
         self._gathered = threading.Event()
         self._gathered.set()
         # None ends the thread, and is passed on.
@@ -51,11 +53,18 @@ class HostGatherer:
         self._hand_over = hand_over
         self._thread.start()
 
+    @property
+    def idle(self) -> bool:
+        return self._begun == self._processed
+
     def forward_begins(self) -> int:
-        return 0  # forwards run on the scheduler thread: nothing is ever in flight
+        self._begun += 1
+        return self._begun
 
     def result_processed(self, forward: int | None) -> None:
-        """Nothing to order."""
+        # Nothing to order: forwards run on the scheduler thread.
+        if forward is not None:
+            self._processed = forward
 
     def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> torch.Tensor:
         return req_to_token[slot, start:end].clone()
@@ -92,7 +101,8 @@ class HostGatherer:
             jobs, gathered = work
             try:
                 for job in jobs:
-                    self._gather(job)
+                    with insisting(self.idle):
+                        self._gather(job)
             finally:
                 gathered.set()
             self._hand_over(_InPlace(jobs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from array import array
 from collections.abc import Iterator
@@ -555,6 +556,35 @@ def test_while_requests_are_noted_sealing_waits(
     collect.flush()
     with ShmRouteReader(envelope_of(first)) as routes:
         assert routes.tokens == 24
+
+
+@pytest.mark.parametrize("under_way", [False, True], ids=["idle", "in a forward"])
+def test_only_an_idle_engine_is_made_to_let_go_of_the_interpreter(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, under_way: bool
+) -> None:
+    from sglang_bridge import collect
+
+    usual, seen = sys.getswitchinterval(), []
+    publisher = scheduler.publisher
+    seal = publisher._seal
+
+    def noted(job: object) -> None:
+        seen.append(sys.getswitchinterval())
+        seal(job)
+
+    monkeypatch.setattr(publisher, "_seal", noted)
+    if under_way:
+        publisher.gatherer.forward_begins()
+    ((req, _),) = ended(scheduler, "r")
+    collect.flush()
+    with ShmRouteReader(envelope_of(req)) as routes:
+        assert routes.tokens == 24
+    (interval,) = seen
+    assert (interval == usual) is under_way
+    number = publisher.gatherer.forward_begins()
+    assert not publisher.gatherer.idle
+    publisher.gatherer.result_processed(number)
+    assert publisher.gatherer.idle
 
 
 # -- shadow mode, and token ids -------------------------------------------------------------------
