@@ -27,8 +27,7 @@ How
     --quick shows that everything is read, not what it is: natively and with an arena only, side by
     side, so that the engines share their libraries' pages, which PSS shows; with SGLang's dummy
     weights instead of a checkpoint's; a small batch, and one number of ranks that read it.
-    What a start takes is SGLang's import in three processes: of an engine's 56 CPU seconds until it
-    serves, on a busy machine, its HTTP server and its detokenizer took 31 and did nothing else.
+    What a start takes is mostly SGLang's import in three processes, and that stays.
 """
 
 from __future__ import annotations

@@ -142,8 +142,9 @@ def read_batch(
     out
         Memory for the rows: contiguous ``[at least the batch's rows, layers, top_k]``, of which
         ``rows`` of the result are the first. One that is long enough for every batch spares a read
-        to the CPU the page faults of new memory. An error may leave it half filled; what the
-        current stream is still to do with it comes first. None: new memory.
+        to the CPU the page faults of new memory; it overwrites the ``rows`` of the batch before,
+        after what the current stream is still to do with them. An error may leave it half filled.
+        None: new memory.
     arena
         See ``ShmRouteReader``.
     timeout

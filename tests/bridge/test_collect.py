@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +90,13 @@ def collected(scheduler: Scheduler, req: Any) -> bytes | None:
 def envelope_of(req: Any) -> bytes:
     envelope: bytes = req.routed_experts.numpy().tobytes()
     return envelope
+
+
+def check_rows(served: Iterable[tuple[Any, np.ndarray]]) -> None:
+    """Each request's ticket opens its own rows."""
+    for req, rows in served:
+        with ShmRouteReader(envelope_of(req)) as routes:
+            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
 
 
 def ended(scheduler: Scheduler, *rids: str, prompt: int = 20) -> list[tuple[Any, np.ndarray]]:
@@ -290,9 +297,7 @@ def test_the_first_response_finds_its_ticket_and_the_step_s_others_have_theirs(
     assert scheduler.counters["publish_calls"] == 0
     collect.flush()
     assert scheduler.counters["publish_calls"] == 1
-    for req, rows in served:
-        with ShmRouteReader(envelope_of(req)) as routes:
-            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    check_rows(served)
 
 
 def test_sglang_s_response_of_a_finished_request_carries_its_ticket(
@@ -397,9 +402,7 @@ def test_a_request_that_fails_among_others_fails_alone(scheduler: Scheduler, rid
     with pytest.raises(RouteFailed):
         ShmRouteReader(envelope_of(served[2][0]))
     good = [served[i] for i in (0, 1, 3, 4)]
-    for req, rows in good:
-        with ShmRouteReader(envelope_of(req)) as routes:
-            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    check_rows(good)
     generations = [decode(envelope_of(req)).generation for req, _ in good]
     assert generations == sorted(generations)
     counts = check_sums(scheduler)
@@ -426,9 +429,7 @@ def test_a_ticket_that_cannot_be_handed_over_fails_its_record_and_no_other(
     for envelope in (handed[1], envelope_of(served[1][0])):
         with pytest.raises(RouteFailed):
             ShmRouteReader(envelope)
-    for req, rows in (served[0], served[2]):
-        with ShmRouteReader(envelope_of(req)) as routes:
-            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    check_rows((served[0], served[2]))
     counts = check_sums(scheduler)
     assert (counts["finished"], counts["ticketed"], counts["failed_before_ticket"]) == (3, 2, 1)
 
@@ -445,9 +446,7 @@ def test_a_step_that_cannot_be_reserved_together_is_reserved_one_by_one(
     served = ended(scheduler, "a", "b")
     collect.issue(served[0][0])
     collect.flush()
-    for req, rows in served:
-        with ShmRouteReader(envelope_of(req)) as routes:
-            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    check_rows(served)
     counts = check_sums(scheduler)
     assert (counts["finished"], counts["ticketed"], counts["hook_errors"]) == (2, 2, 1)
 
@@ -495,9 +494,7 @@ def test_a_request_without_rows_among_others_is_an_empty_record(scheduler: Sched
     collect.issue(empty)
     collect.flush()
     assert ShmRouteReader(envelope_of(empty)).tokens == 0
-    for req, rows in served:
-        with ShmRouteReader(envelope_of(req)) as routes:
-            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    check_rows(served)
     counts = check_sums(scheduler)
     assert (counts["finished"], counts["ticketed"], counts["inline_empty"]) == (3, 2, 1)
 
@@ -523,9 +520,7 @@ def test_rids_that_are_the_same_in_one_step_each_have_a_ticket_and_the_last_has_
     served = ended(scheduler, "twin", "twin")
     collect.issue(served[0][0])
     collect.flush()
-    for req, rows in served:
-        with ShmRouteReader(envelope_of(req)) as routes:
-            np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+    check_rows(served)
     with ShmRouteReader("twin", arena=scheduler.arena.name) as routes:
         np.testing.assert_array_equal(routes.numpy(), served[1][1][:-1])
 
