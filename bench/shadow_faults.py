@@ -74,7 +74,7 @@ def _no_fence() -> None:
     """The scatter does not wait for the gather."""
     from sglang_bridge.gather_device import DeviceGatherer
 
-    DeviceGatherer.fence = lambda self: None  # type: ignore[method-assign]
+    DeviceGatherer._hold_back_scatters = lambda self, stream: None  # type: ignore[method-assign]
 
 
 def _copy_error() -> None:

@@ -1,8 +1,8 @@
 """The capturer that SGLang's models write into, with the route table behind it.
 
-It keeps SGLang's capture buffer (each layer writes ``[tokens, layer, top_k]`` into it; in a
-decode graph one kernel does, see ``decode_graphs``) and replaces what comes after: instead of a
-copy to a host cache at each step, one scatter into the route table.
+It keeps SGLang's capture buffer (each layer writes ``[tokens, layer, top_k]`` into it) and replaces
+what comes after: instead of a copy to a host cache at each step, one scatter into the route table.
+A decode graph stores its routes in the table itself (``decode_graphs``).
 
 Every rank has one, since models branch on whether a capturer exists. Only the owner (pipeline,
 attention-TP and attention-CP rank 0) has a table and an arena; the others capture nothing. That
@@ -23,7 +23,7 @@ length of a rank's part, so those are refused with DP attention.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,12 +43,13 @@ from .publisher import Publisher
 from .settings import Settings
 from .table import RouteTable, place_table
 from .tags import FOREIGN_TOKEN, POSITION_MAX
+from .ticket_tensor import response_form
 from .versions import (
     captures_decode_graph,
     data_parallel_ranks,
+    decode_graphs_store_routes,
     fused_shared_experts,
-    keeps_routes_in_decode_graphs,
-    kv_locations,
+    kv_locations_reader,
     resolved_arguments,
 )
 
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
 
 logger = logging.getLogger("shmroute")
+
+_kv_locations = kv_locations_reader()
 
 
 class ArenaCapturer(RoutedExpertsCapturer):
@@ -138,12 +141,13 @@ class ArenaCapturer(RoutedExpertsCapturer):
             vocabulary=vocabulary,
             inline_when_full=settings.on_full == "inline",
             shadow=settings.shadow,
+            respond=response_form(),
         )
         publisher.counters.set("table_bytes", self.table.nbytes)
         publisher.counters.set("table_device_bytes", self.table.device_bytes)
         publisher.start()
         if self.table.device.type == "cuda" and not self._shares_buffer:
-            self._keep_in_decode_graphs(routes.layer_ids)
+            self._store_in_decode_graphs()
         self.table.compile(self._every_row[:1])
         self.publisher = publisher
         logger.warning(
@@ -163,8 +167,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
             "; shadow mode" if settings.shadow else "",
         )
 
-    def _keep_in_decode_graphs(self, layer_ids: Sequence[int]) -> None:
-        if not keeps_routes_in_decode_graphs(resolved_arguments(get_server_args())):
+    def _store_in_decode_graphs(self) -> None:
+        if not decode_graphs_store_routes(resolved_arguments(get_server_args())):
             return
         from .decode_graphs import DecodeGraphs  # needs Triton, which not every CPU build has
 
@@ -173,7 +177,15 @@ class ArenaCapturer(RoutedExpertsCapturer):
             # SGLang's way gets its copies at once, into a buffer that it alone has.
             buffer = torch.full_like(buffer, -1)
             self._every_row = buffer[:, :, : self.topk_size]
-        self._decode_graphs = DecodeGraphs(buffer, layer_ids, captures_decode_graph)
+        self._decode_graphs = DecodeGraphs(self.table, buffer, captures_decode_graph)
+
+    def watch_captures(self, tail_hooks: list[Callable[..., None]]) -> None:
+        """Be called at the end of each decode graph's forward while it is captured.
+
+        ``tail_hooks`` is the model runner's list, before it captures any.
+        """
+        if self._decode_graphs is not None:
+            tail_hooks.append(self._decode_graphs.end_capture)
 
     # -- at each forward ---------------------------------------------------------------------
 
@@ -202,16 +214,21 @@ class ArenaCapturer(RoutedExpertsCapturer):
         parallelism pads them and does not take it back.
         """
         self._entry = None
-        if self.publisher is None:
+        publisher = self.publisher
+        if publisher is None:
             return
+        try:
+            publisher.flush()  # what an interrupted step left pending
+        finally:
+            # Whatever else goes wrong: a decode graph stores its routes by itself.
+            number = publisher.gatherer.forward_begins()
+        if self._decode_graphs is not None:
+            self._decode_graphs.before_forward(self.epochs.current)
         tokens = forward_batch.input_ids
         # The second question looks at every request of the batch.
         if self._multimodal and forward_batch.contains_mm_inputs():
             tokens = tokens.clone()
-        if self._decode_graphs is not None:
-            self._decode_graphs.before_forward()
-        number = self.publisher.gatherer.forward_begins()
-        locations = kv_locations(forward_batch)
+        locations = _kv_locations(forward_batch)
         self._entry = _Entry(number, tokens, forward_batch.positions, locations)
 
     def on_forward_end(
@@ -243,7 +260,17 @@ class ArenaCapturer(RoutedExpertsCapturer):
         if self.publisher is None:
             return native
         entry, self._entry = self._entry, None
-        self._scatter(self.publisher, captured, entry)
+        graphs = self._decode_graphs
+        stored = (
+            graphs is not None
+            and can_run_graph
+            and forward_batch.forward_mode.is_decode()  # of prefill graphs the batch is not told
+            and graphs.has_stored(cuda_graph_batch)
+        )
+        if stored and entry is not None:
+            self.epochs.mark_used()
+        else:
+            self._scatter(self.publisher, captured, entry)
         if self._shares_buffer:
             # What other ranks' tokens left here would show where, next time, ours are in a layer
             # that does not capture.
@@ -253,7 +280,6 @@ class ArenaCapturer(RoutedExpertsCapturer):
 
     def _scatter(self, publisher: Publisher, captured: torch.Tensor, entry: _Entry | None) -> None:
         try:
-            publisher.flush()  # what an interrupted step left pending
             if entry is None:
                 raise RuntimeError("a forward ended whose beginning was not seen")
             count = len(entry.tokens)

@@ -1,66 +1,53 @@
-"""A decode graph's routes, written into the capture buffer by one kernel instead of one a layer.
+"""A decode graph stores its own routes: one kernel at its end, in place of one copy a layer.
 
 Problem: SGLang copies each MoE layer's ``topk_ids`` into the capture buffer as soon as the router
 has made them. In a decode graph of 48 layers these are 48 copies of a few KB, each as long as a
-launch, at every step.
+launch, at every step; and the scatter that follows costs the scheduler thread a launch of its own.
 
-Approach: while a decode graph is captured, the layers' tensors are only kept. At the last layer
-one kernel is captured that reads all of them by their addresses. What makes that right:
+Approach: while a decode graph is captured, the layers' tensors are only kept. At the graph's end
+one kernel is captured that reads all of them by their addresses and stores them in the route
+table, with the token ids, positions and KV locations that the graph itself runs on. What makes
+that right:
 
     the addresses are the graph's    a graph runs with the memory it was captured with. Graphs
                                      share one pool, but one graph's tensors are there while it
                                      runs
     nothing else is put there        the tensors are referenced until the kernel is captured, so
                                      the pool gives their memory to no later layer
-    nobody changes them              between the router and the last layer SGLang writes into
+    nobody changes them              between the router and the graph's end SGLang writes into
                                      ``topk_ids`` only where rows are padding. Where more of it
                                      could be rewritten or reused, decode steps are captured layer
-                                     by layer (``versions.keeps_routes_in_decode_graphs``), and
+                                     by layer (``versions.decode_graphs_store_routes``), and
                                      shadow mode compares with copies taken at once
     an address is there in time      the kernel reads addresses from device memory; they are put
                                      there before the first forward after the capture, not during
-                                     it. A zero is no address, and nothing is read
+                                     it. A zero is no address, and nothing is read or written
+    the inputs are the step's        SGLang copies each step's ids, positions and locations into
+                                     the graph's before it is replayed
+    padding goes to location 0       a graph for more requests than there are runs on zeros behind
+                                     them, and location 0 is SGLang's own for that: no request
+                                     ever has it
+    a gather is not overtaken        the forward's stream waits for the gathers that were asked
+                                     for before the graph begins (``DeviceGatherer``)
+    table and epoch are the latest   a graph cannot be told of a new epoch or of a table that has
+                                     moved: both are read from device memory, too, and put there
+                                     before the first forward that they hold for
 
-Only what one stream capture holds from the first MoE layer to the last is kept; everything else
-(prefill, eager decode, a tensor of another form) is copied at once.
+Only what one stream capture holds from the first MoE layer to the end is kept; everything else
+(prefill, eager decode, a graph with a tensor of another form) goes through the capture buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+
+from .table import RouteTable
+from .tags import EPOCH_MASK
 
 _GRAPHS_MAX = 1024
-_ROWS = 32  # that one program copies, of one layer
-
-
-@triton.jit(do_not_specialize=["count"])
-def _write_kernel(  # type: ignore[no-untyped-def]
-    addresses,
-    numbers,
-    buffer,
-    count,
-    TOKEN_STRIDE: tl.constexpr,
-    LAYER_STRIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    COLUMNS_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Program (block, layer): ``ROWS`` rows of one layer into the capture buffer."""
-    layer = tl.program_id(1)
-    address = tl.load(addresses + layer)
-    if address != 0:
-        source = address.to(tl.pointer_type(tl.int32))
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, COLUMNS_PADDED)
-        inside = (row < count)[:, None] & (column < COLUMNS)[None, :]
-        ids = tl.load(source + row[:, None] * COLUMNS + column[None, :], mask=inside)
-        number = tl.load(numbers + layer)
-        target = buffer + row.to(tl.int64)[:, None] * TOKEN_STRIDE + number * LAYER_STRIDE
-        tl.store(target + column[None, :], ids, mask=inside)
 
 
 class DecodeGraphs:
@@ -68,28 +55,30 @@ class DecodeGraphs:
 
     Parameters
     ----------
+    table
+        Where the graphs store, on a CUDA device.
     buffer
-        ``int32 [rows, all layers, columns]``: the capture buffer, on a CUDA device.
-    layer_ids
-        Numbers of the MoE layers, in the order in which they run.
+        ``int32 [rows, all layers, columns]``: the capture buffer, for graphs that cannot.
     capturing
         Whether a decode graph is being captured on the calling thread's stream.
     """
 
     def __init__(
-        self, buffer: torch.Tensor, layer_ids: Sequence[int], capturing: Callable[[], bool]
+        self, table: RouteTable, buffer: torch.Tensor, capturing: Callable[[], bool]
     ) -> None:
-        self._buffer, self._capturing = buffer, capturing
-        self._place = {number: at for at, number in enumerate(layer_ids)}
-        device = buffer.device
-        self._numbers = torch.tensor(list(layer_ids), dtype=torch.int64, device=device)
-        shape = _GRAPHS_MAX, len(layer_ids)
-        self._addresses = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._table, self._buffer, self._capturing = table, buffer, capturing
+        self._layers = table.routes.layer_ids
+        self._place = {number: at for at, number in enumerate(self._layers)}
+        self._scatter = table.graph_scatter(columns=buffer.shape[2])
+        shape = _GRAPHS_MAX, len(self._layers)
+        self._addresses = torch.zeros(shape, dtype=torch.int64, device=buffer.device)
         self._known = torch.zeros(shape, dtype=torch.int64)
         self._graphs, self._there = 0, 0
+        self._told: tuple[int, int] | None = None
         self._kept: dict[int, torch.Tensor] = {}
-        # The first launch compiles, which no stream capture may contain.
-        self._write(self._addresses[0], 1)
+        self._storing: dict[int, bool] = {}
+
+    # -- while a graph is captured -----------------------------------------------------------
 
     def keep(self, layer_id: int, ids: torch.Tensor) -> bool:
         """Take a layer's routes while a graph is captured; False: copy them at once.
@@ -107,42 +96,66 @@ class DecodeGraphs:
         fits = self._fits(ids)
         if fits:
             self._kept[place] = ids
-        if place == len(self._place) - 1:
-            self._write_kept()
         return fits
 
     def _fits(self, ids: torch.Tensor) -> bool:
-        same = not self._kept or len(ids) == len(next(iter(self._kept.values())))
         return (
             self._graphs < _GRAPHS_MAX
-            and same
             and ids.dtype == torch.int32
             and ids.shape[1] == self._buffer.shape[2]
             and ids.is_contiguous()
         )
 
-    def _write_kept(self) -> None:
-        """Capture the kernel for what was kept, and let the pool have it behind that."""
+    def end_capture(self, _runner: Any, _output: Any, forward_batch: Any, tokens: int) -> None:
+        """SGLang's hook at the end of a decode graph's forward: two times to warm up, then once
+        into the capture.
+
+        Raises
+        ------
+        RuntimeError
+            Of two graphs for as many tokens only one stores its routes: a step cannot be told by
+            which it ran.
+        """
+        if not self._capturing():
+            if self._graphs < _GRAPHS_MAX:
+                self._store(forward_batch)  # from no addresses: for the compiler's sake
+            return
         kept, self._kept = self._kept, {}
-        if not kept:
+        stores = len(kept) == len(self._place) and all(len(ids) == tokens for ids in kept.values())
+        if self._storing.setdefault(tokens, stores) != stores:
+            raise RuntimeError(
+                f"two decode graphs for {tokens} tokens, whose routers' outputs are not of one "
+                "form: start with --disable-cuda-graph"
+            )
+        if not stores:
+            for place, ids in kept.items():
+                self._buffer[: len(ids), self._layers[place]] = ids
             return
         for place, ids in kept.items():
             self._known[self._graphs, place] = ids.data_ptr()
-        self._write(self._addresses[self._graphs], len(next(iter(kept.values()))))
+        self._store(forward_batch)
         self._graphs += 1
 
-    def _write(self, addresses: torch.Tensor, count: int) -> None:
-        token, layer, _ = self._buffer.stride()
-        columns = self._buffer.shape[2]
-        shape = token, layer, columns, triton.next_power_of_2(columns), _ROWS
-        grid = triton.cdiv(count, _ROWS), len(addresses)
-        _write_kernel[grid](addresses, self._numbers, self._buffer, count, *shape)
+    def _store(self, batch: Any) -> None:
+        addresses = self._addresses[self._graphs]
+        self._scatter(addresses, batch.out_cache_loc, batch.input_ids, batch.positions)
 
-    def before_forward(self) -> None:
-        """On the forward's stream, before it: make new graphs' addresses known to them."""
-        if self._there == self._graphs:
-            return
-        new = slice(self._there, self._graphs)
-        # Pageable: the call returns when the values have left, and happens once a graph.
-        self._addresses[new].copy_(self._known[new])
-        self._there = self._graphs
+    # -- at each forward ---------------------------------------------------------------------
+
+    def before_forward(self, epoch: int) -> None:
+        """On the forward's stream, before it: make known to the graphs what is new."""
+        now = epoch, self._table.moves
+        if now != self._told:
+            rows, tags = self._table.rows, self._table.tags
+            state = rows.data_ptr(), tags.data_ptr(), epoch & EPOCH_MASK
+            # Pageable, here and below: the call returns when the values have left, and is rare.
+            self._scatter.state.copy_(torch.tensor(state, dtype=torch.int64))
+            self._told = now
+        if self._there != self._graphs:
+            new = slice(self._there, self._graphs)
+            self._addresses[new].copy_(self._known[new])
+            self._there = self._graphs
+
+    def has_stored(self, tokens: int | None) -> bool:
+        """Whether the replay of a decode graph for so many tokens stores its routes itself."""
+        return tokens is not None and self._storing.get(tokens, False)

@@ -83,7 +83,10 @@ class Gatherer(Protocol):
         """Begin; ``hand_over`` is called with what is gathered, in order, and None at the end."""
 
     def forward_begins(self) -> int:
-        """On the forward's stream, before the model runs; returns the forward's number."""
+        """On the forward's stream, before the model runs; returns the forward's number.
+
+        On a GPU the forward comes after every gather that was submitted.
+        """
 
     def result_processed(self, forward: int | None) -> None:
         """The scheduler thread has waited for this forward's end; its requests end next.

@@ -60,6 +60,10 @@ logger = logging.getLogger("shmroute")
 
 _INT32, _INT64 = 4, 8
 _LOCATIONS_LEAST = 1 << 18
+# Requests of one step whose locations are copied one by one; then all of SGLang's pool is, in
+# one copy, for those that may follow, if it is no larger than this.
+_COPIED_ALONE = 4
+_POOL_BYTES_MAX = 64 << 20
 
 
 class DeviceLocations(NamedTuple):
@@ -134,6 +138,9 @@ class DeviceGatherer:
         self._locations_used = 0
         self._pool: torch.Tensor | None = None
         self._pool_address, self._pool_stride = 0, 0
+        # The pool as it was in this step, once ``_whole``; None: it is too large to be copied.
+        self._pool_copy: torch.Tensor | None = None
+        self._alone, self._whole = 0, False
 
     def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
         self._hand_over = hand_over
@@ -162,16 +169,25 @@ class DeviceGatherer:
         return self._begun == self._processed
 
     def forward_begins(self) -> int:
-        """On the forward's stream, before the model; returns the forward's number."""
-        self._begin.record(current_stream(self._index))
+        """On the forward's stream, before the model; returns the forward's number.
+
+        The whole forward comes after the gathers, since a decode graph scatters by itself.
+        """
+        stream = current_stream(self._index)
+        if self._unfenced:
+            self._hold_back_scatters(stream)
+        self._begin.record(stream)
         self._begun += 1
+        self._alone, self._whole = 0, False  # the pool has been written to
         return self._begun
 
     def result_processed(self, forward: int | None) -> None:
         if forward is not None:
             self._processed = forward
         self._ordered = False
-        self._locations_used = 0  # what was taken before is gathered from before it is overwritten
+        # What was taken before is gathered from before it is overwritten.
+        self._locations_used = 0
+        self._alone, self._whole = 0, False
 
     def _choose_stream(self) -> None:
         """Where this step's snapshots come after the writes of ``req_to_token`` asked for so far.
@@ -198,20 +214,29 @@ class DeviceGatherer:
         count, first = end - start, self._locations_used
         if not count:
             return DeviceLocations(0, self._locations)
+        before = _INT32 * (slot * self._pool_stride + start)
+        if self._alone == _COPIED_ALONE and self._pool_copy is not None:
+            if not self._whole:
+                self._take(self._pool_copy.data_ptr(), self._pool_address, self._pool_copy.nbytes)
+                self._whole = True
+            return DeviceLocations(self._pool_copy.data_ptr() + before, self._pool_copy)
         if first + count <= self._locations_room:
             self._locations_used = first + count
             taken = DeviceLocations(self._locations_address + _INT32 * first, self._locations)
         else:
             taken = self._place_elsewhere(count)
-        source = self._pool_address + _INT32 * (slot * self._pool_stride + start)
-        nbytes = _INT32 * count
+        self._take(taken.address, self._pool_address + before, _INT32 * count)
+        self._alone += self._alone < _COPIED_ALONE
+        return taken
+
+    def _take(self, target: int, source: int, nbytes: int) -> None:
+        """Copy out of the pool before what is asked of the schedule stream from here on."""
         if self._aside:
-            copy(taken.address, source, nbytes, self._gather)
+            copy(target, source, nbytes, self._gather)
             self._taken.record(self._gather)
             self._taken.hold_back(self._schedule)
         else:
-            copy(taken.address, source, nbytes, self._schedule)
-        return taken
+            copy(target, source, nbytes, self._schedule)
 
     def _come_after_snapshots(self) -> None:
         """Order the gather stream behind this step's snapshots."""
@@ -227,11 +252,25 @@ class DeviceGatherer:
             )
         self._pool = req_to_token
         self._pool_address, self._pool_stride = req_to_token.data_ptr(), req_to_token.stride(0)
+        self._pool_copy = None
+        if req_to_token.is_contiguous() and req_to_token.nbytes <= _POOL_BYTES_MAX:
+            try:
+                self._pool_copy = self._room_for(req_to_token.numel())
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "shmroute: no %.1f MiB on %s for a copy of req_to_token: the KV locations of "
+                    "requests that finish together are copied one by one",
+                    req_to_token.nbytes / 2**20,
+                    self.device,
+                )
 
     def _place_elsewhere(self, count: int) -> DeviceLocations:
-        with torch.cuda.stream(self._gather_stream):
-            memory = torch.empty(count, dtype=torch.int32, device=self.device)
+        memory = self._room_for(count)
         return DeviceLocations(memory.data_ptr(), memory)
+
+    def _room_for(self, locations: int) -> torch.Tensor:
+        with torch.cuda.stream(self._gather_stream):
+            return torch.empty(locations, dtype=torch.int32, device=self.device)
 
     # -- scheduler thread --------------------------------------------------------------------
 
@@ -317,8 +356,11 @@ class DeviceGatherer:
 
     def fence(self) -> None:
         if self._unfenced:
-            self._unfenced = False
-            self._gathered.hold_back(current_stream(self._index))
+            self._hold_back_scatters(current_stream(self._index))
+
+    def _hold_back_scatters(self, stream: int) -> None:
+        self._gathered.hold_back(stream)
+        self._unfenced = False
 
     # -- sealer thread -----------------------------------------------------------------------
 
@@ -339,6 +381,7 @@ class DeviceGatherer:
         self._gather_stream.synchronize()
         self._copy_stream.synchronize()
         self._lanes = []
+        self._pool, self._pool_copy = None, None
         self._table.give_back()
         torch.cuda.empty_cache()
 

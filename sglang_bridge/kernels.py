@@ -1,8 +1,9 @@
-"""The two GPU kernels: a forward's routes into the table, finished requests' rows out of it.
+"""The GPU kernels: a forward's routes into the table, finished requests' rows out of it.
 
 One launch each, because the scheduler thread pays for launches and not for bytes: as eager
 torch the scatter took eight (cast, tag, checks, two index copies, refill). ``table`` has the
-torch forms, which run on a CPU and are the reference in tests.
+torch forms, which run on a CPU and are the reference in tests. A decode graph brings a scatter
+of its own along, which nobody launches (``decode_graphs``).
 
 Integers that change from step to step are not specialised on, and neither are the alignments
 of the inputs: a new combination would compile for 100 ms or more in the middle of serving.
@@ -24,6 +25,49 @@ from .tags import EPOCH_MASK, EPOCH_SHIFT, FOREIGN_TOKEN, INVALID, POSITION_SHIF
 GATHER_ROWS = 32
 
 _INPUTS = ("captured", "locations", "tokens", "positions")
+# What the table's rows are stored as.
+_ELEMENTS = {torch.uint8: tl.uint8, torch.int16: tl.int16}
+
+
+@triton.jit
+def _store_token(  # type: ignore[no-untyped-def]
+    ids,
+    inside,
+    location,
+    word,
+    position,
+    rows,
+    tags,
+    epoch,
+    vocabulary,
+    LOCATIONS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    LAYERS_PADDED: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    INVALID_TAG: tl.constexpr,
+    FOREIGN: tl.constexpr,
+    POSITION: tl.constexpr,
+    EPOCH: tl.constexpr,
+):
+    """Check, cast and store one token's ids ``[LAYERS_PADDED, TOP_K_PADDED]``, and its tag."""
+    layer = tl.arange(0, LAYERS_PADDED)
+    choice = tl.arange(0, TOP_K_PADDED)
+    outside = inside & ((ids < 0) | (ids >= EXPERTS))
+    # Columns that are only padding get ids of their own, so that they equal nothing.
+    unlike = tl.where(inside, ids, -2 - choice[None, :])
+    same = unlike[:, :, None] == unlike[:, None, :]
+    same = same & (choice[:, None] != choice[None, :])[None, :, :]
+    faults = tl.sum(outside.to(tl.int32)) + tl.sum(same.to(tl.int32))
+
+    known = (location >= 0) & (location < LOCATIONS)
+    target = rows + location * (LAYERS * TOP_K) + layer[:, None] * TOP_K + choice[None, :]
+    tl.store(target, ids.to(rows.dtype.element_ty), mask=inside & known)
+
+    word = tl.where((word >= 0) & (word < vocabulary), word, FOREIGN)
+    tag = (epoch << EPOCH) | (position << POSITION) | word
+    tl.store(tags + location, tl.where(faults > 0, INVALID_TAG, tag), mask=known)
 
 
 @triton.jit(
@@ -53,7 +97,7 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     POSITION: tl.constexpr,
     EPOCH: tl.constexpr,
 ):
-    """One program a token: cast, check, tag, store, and put -1 where the routes were."""
+    """One program a token: out of the capture buffer, and -1 put where the routes were."""
     token = tl.program_id(0).to(tl.int64)
     layer = tl.arange(0, LAYERS_PADDED)
     choice = tl.arange(0, TOP_K_PADDED)
@@ -61,26 +105,86 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     number = tl.load(layers + layer, mask=layer < LAYERS, other=0)
     source = captured + token * TOKEN_STRIDE + number[:, None] * LAYER_STRIDE + choice[None, :]
     ids = tl.load(source, mask=inside, other=0)
-
-    outside = inside & ((ids < 0) | (ids >= EXPERTS))
-    # Columns that are only padding get ids of their own, so that they equal nothing.
-    unlike = tl.where(inside, ids, -2 - choice[None, :])
-    same = unlike[:, :, None] == unlike[:, None, :]
-    same = same & (choice[:, None] != choice[None, :])[None, :, :]
-    faults = tl.sum(outside.to(tl.int32)) + tl.sum(same.to(tl.int32))
-
-    location = tl.load(locations + token).to(tl.int64)
-    known = (location >= 0) & (location < LOCATIONS)
-    target = rows + location * (LAYERS * TOP_K) + layer[:, None] * TOP_K + choice[None, :]
-    tl.store(target, ids.to(rows.dtype.element_ty), mask=inside & known)
-
-    word = tl.load(tokens + token).to(tl.int64)
-    word = tl.where((word >= 0) & (word < vocabulary), word, FOREIGN)
-    position = tl.load(positions + token).to(tl.int64)
-    tag = (epoch.to(tl.int64) << EPOCH) | (position << POSITION) | word
-    tl.store(tags + location, tl.where(faults > 0, INVALID_TAG, tag), mask=known)
+    _store_token(
+        ids,
+        inside,
+        tl.load(locations + token).to(tl.int64),
+        tl.load(tokens + token).to(tl.int64),
+        tl.load(positions + token).to(tl.int64),
+        rows,
+        tags,
+        epoch.to(tl.int64),
+        vocabulary,
+        LOCATIONS,
+        LAYERS,
+        TOP_K,
+        EXPERTS,
+        LAYERS_PADDED,
+        TOP_K_PADDED,
+        INVALID_TAG,
+        FOREIGN,
+        POSITION,
+        EPOCH,
+    )
     # The element was loaded by this thread: a layer that does not capture next time shows -1.
     tl.store(source, tl.full(ids.shape, -1, tl.int32), mask=inside)
+
+
+@triton.jit
+def _graph_scatter_kernel(  # type: ignore[no-untyped-def]
+    addresses,
+    state,
+    locations,
+    tokens,
+    positions,
+    vocabulary: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    LOCATIONS: tl.constexpr,
+    LAYERS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    LAYERS_PADDED: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    INVALID_TAG: tl.constexpr,
+    FOREIGN: tl.constexpr,
+    POSITION: tl.constexpr,
+    EPOCH: tl.constexpr,
+):
+    """One program a token: out of the routers' own tensors, which are known by address.
+
+    ``state`` is ``int64 [3]``: address of the rows, address of the tags, epoch. Where an address
+    is 0 nothing is read or written.
+    """
+    rows_address, tags_address = tl.load(state), tl.load(state + 1)
+    if (tl.load(addresses) != 0) & (rows_address != 0):
+        token = tl.program_id(0).to(tl.int64)
+        layer = tl.arange(0, LAYERS_PADDED)
+        choice = tl.arange(0, TOP_K_PADDED)
+        inside = (layer < LAYERS)[:, None] & (choice < TOP_K)[None, :]
+        address = tl.load(addresses + layer, mask=layer < LAYERS, other=0)
+        source = address.to(tl.pointer_type(tl.int32))[:, None] + token * COLUMNS + choice[None, :]
+        _store_token(
+            tl.load(source, mask=inside, other=0),
+            inside,
+            tl.load(locations + token).to(tl.int64),
+            tl.load(tokens + token).to(tl.int64),
+            tl.load(positions + token).to(tl.int64),
+            rows_address.to(tl.pointer_type(ELEMENT)),
+            tags_address.to(tl.pointer_type(tl.int64)),
+            tl.load(state + 2),
+            vocabulary,
+            LOCATIONS,
+            LAYERS,
+            TOP_K,
+            EXPERTS,
+            LAYERS_PADDED,
+            TOP_K_PADDED,
+            INVALID_TAG,
+            FOREIGN,
+            POSITION,
+            EPOCH,
+        )
 
 
 @triton.jit
@@ -187,11 +291,8 @@ class Scatter:
     ) -> None:
         self._fixed = layers, rows, tags
         self._vocabulary = vocabulary
-        count = len(layers)
-        padded = triton.next_power_of_2(count), triton.next_power_of_2(top_k)
-        constants = (*strides, len(tags), count, top_k, num_experts, *padded)
-        bits = INVALID, FOREIGN_TOKEN, POSITION_SHIFT, EPOCH_SHIFT
-        self._launch = Launcher(_scatter_kernel, (*constants, *bits), tags.device)
+        stored = _stored_as(len(tags), len(layers), top_k, num_experts)
+        self._launch = Launcher(_scatter_kernel, (*strides, *stored), tags.device)
 
     def __call__(
         self,
@@ -217,6 +318,65 @@ class Scatter:
             number = epoch & EPOCH_MASK
             given = captured, locations, tokens, positions, *self._fixed
             self._launch(key, (count, 1, 1), None, *given, number, self._vocabulary)
+
+
+class GraphScatter:
+    """The scatter that a decode graph captures, for one table.
+
+    A graph repeats its launch as it was captured, so what may change until it is replayed is read
+    from device memory: ``state``, ``int64 [3]``, the addresses of rows and tags, and the epoch.
+
+    Parameters
+    ----------
+    columns
+        Of the routers' tensors; the first ``top_k`` are routes.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        tags: torch.Tensor,
+        *,
+        layers: int,
+        columns: int,
+        num_experts: int,
+        top_k: int,
+        vocabulary: int,
+    ) -> None:
+        self.state = torch.zeros(3, dtype=torch.int64, device=tags.device)
+        element = _ELEMENTS[rows.dtype]
+        self._constants = (
+            vocabulary,
+            columns,
+            element,
+            *_stored_as(len(tags), layers, top_k, num_experts),
+        )
+
+    def __call__(
+        self,
+        addresses: torch.Tensor,
+        locations: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """Launch, most often into a capture, on the current stream.
+
+        Parameters
+        ----------
+        addresses
+            ``int64 [layers]`` on the device: of each layer's ``int32 [n, columns]``.
+        tokens
+            ``[n]`` integers, like ``locations`` and ``positions``, read when the graph runs.
+        """
+        given = addresses, self.state, locations, tokens, positions
+        _graph_scatter_kernel[(len(tokens),)](*given, *self._constants, num_warps=4)
+
+
+def _stored_as(locations: int, layers: int, top_k: int, num_experts: int) -> tuple[int, ...]:
+    """The constants of ``_store_token``."""
+    padded = triton.next_power_of_2(layers), triton.next_power_of_2(top_k)
+    bits = INVALID, FOREIGN_TOKEN, POSITION_SHIFT, EPOCH_SHIFT
+    return locations, layers, top_k, num_experts, *padded, *bits
 
 
 class Gather:

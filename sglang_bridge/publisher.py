@@ -40,6 +40,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ from .finished import Finished, Gathered, Gatherer, Job
 from .interpreter import insisting
 from .judge import Verdict, judge
 from .shadow import Shadow
-from .ticket_tensor import ticket_tensor
+from .ticket_tensor import plain_tensor
 
 logger = logging.getLogger("shmroute")
 
@@ -79,6 +80,8 @@ class Publisher:
         With a full arena send the rows in the response, else an error ticket.
     shadow
         Compare every record with SGLang's own rows, which each request then brings along.
+    respond
+        Makes of an envelope what a response carries.
     """
 
     def __init__(
@@ -90,12 +93,14 @@ class Publisher:
         vocabulary: int,
         inline_when_full: bool,
         shadow: bool,
+        respond: Callable[[bytes], Any] = plain_tensor,
     ) -> None:
         self.arena = arena
         self.counters = arena.writer.counters
         self.late_counters = SharedCounters(arena.memory.counters, ENGINE)
         self._epochs = epochs
         self._vocabulary = vocabulary
+        self._respond = respond
         self._inline_when_full = inline_when_full
         routes = arena.memory.description.routes
         self._shadow = Shadow(routes, self.late_counters) if shadow else None
@@ -141,7 +146,7 @@ class Publisher:
                 except Exception as error:
                     self.give_error(req, error)
                 else:
-                    req.routed_experts = ticket_tensor(envelope)
+                    req.routed_experts = self._respond(envelope)
         finally:
             self.counters.add("finished", finished - len(self._noted))
 
@@ -166,7 +171,7 @@ class Publisher:
         for record in records:
             req, request = noted.popleft()
             try:
-                req.routed_experts = ticket_tensor(record.ticket)
+                req.routed_experts = self._respond(record.ticket)
                 pending.append(Job(request, record, epoch))
                 issued += 1
                 rows += request.tokens
@@ -183,7 +188,7 @@ class Publisher:
         logger.error("shmroute: no routes for rid %s", req.rid, exc_info=error)
         self.counters.add("hook_errors")
         envelope = self.refuse(req.rid, f"{type(error).__name__}: {error}")
-        req.routed_experts = ticket_tensor(envelope)
+        req.routed_experts = self._respond(envelope)
 
     def collect(self, request: Finished) -> bytes:
         """Take one request by itself; returns its response's envelope."""

@@ -39,6 +39,7 @@ def register() -> None:
     sites.check_sites((*sites.SCHEDULER, *sites.USED))
     sites.check_attributes()
     sites.hook(sites.CREATE, _create, "AROUND")
+    sites.hook(sites.CREATED, _created, "AFTER")
     sites.hook(sites.FORWARD, _forward_begins, "BEFORE")
     sites.hook(sites.COLLECT, _collect, "AROUND")
     for site in (sites.DECODED, sites.PREFILLED):
@@ -64,6 +65,12 @@ def _create(_original: Callable[..., Any], **arguments: Any) -> ArenaCapturer:
             f"{wanted.arena}: the process that started this scheduler did not load the plugin"
         )
     return ArenaCapturer(wanted, **arguments)
+
+
+def _created(_result: None, runner: Any) -> None:
+    capturer = get_global_experts_capturer()
+    if isinstance(capturer, ArenaCapturer) and not runner.is_draft_worker:
+        capturer.watch_captures(runner.capture_tail_hooks)
 
 
 def _forward_begins(runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any) -> None:

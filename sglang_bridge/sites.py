@@ -43,6 +43,9 @@ CREATE = Site(
     "sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer.create",
     ("model", "model_config", "num_tokens", "max_running_requests", "device"),
 )
+CREATED = Site(
+    "sglang.srt.model_executor.model_runner.ModelRunner.init_routed_experts_capturer", ("self",)
+)
 FORWARD = Site(
     "sglang.srt.model_executor.model_runner.ModelRunner.forward", ("self", "forward_batch")
 )
@@ -108,6 +111,7 @@ USED = (
         own=True,
     ),
     Site("sglang.srt.runtime_context.get_server_args", ()),
+    Site("sglang.srt.model_executor.forward_batch_info.ForwardMode.is_decode", ("self",)),
     *(
         ()
         if _OLDER
@@ -115,7 +119,7 @@ USED = (
     ),
 )
 SCHEDULER = (
-    CREATE, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, *RENAMED, *UPDATES,
+    CREATE, CREATED, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, *RENAMED, *UPDATES,
     RELEASE_MEMORY, RESUME_MEMORY,
 )  # fmt: skip
 LAUNCHER = (RESOLVE, CHAT, COMPLETION, KILLED)
@@ -147,7 +151,10 @@ ATTRIBUTES = {
         "topk_config",
         *(() if _OLDER else ("is_draft",)),
     ),
-    "sglang.srt.model_executor.model_runner.ModelRunner": ("is_draft_worker",),
+    "sglang.srt.model_executor.model_runner.ModelRunner": (
+        "is_draft_worker",
+        "capture_tail_hooks",
+    ),
     # A module; its function of a similar name counts prefill graphs, too.
     "sglang.srt.model_executor.runner_utils.capture_mode": ("is_capture_mode",),
     "sglang.srt.configs.model_config.ModelConfig": ("is_multimodal",),
@@ -162,6 +169,7 @@ ATTRIBUTES = {
         *(() if _OLDER else ("out_cache_loc_virtual",)),
         "contains_mm_inputs",
         "global_num_tokens_cpu",
+        "forward_mode",
     ),
     "sglang.srt.layers.moe.topk.TopKConfig": (
         "top_k",

@@ -26,7 +26,7 @@ from .errors import StartRefused
 from .tags import INVALID, make_tags
 
 if TYPE_CHECKING:
-    from .kernels import Scatter
+    from .kernels import GraphScatter, Scatter
 
 logger = logging.getLogger("shmroute")
 
@@ -54,6 +54,8 @@ class RouteTable:
     fence
         Called before every scatter: what follows on the calling thread's stream comes after
         earlier gathers have read their rows. The gatherer of the table puts its own here.
+    moves
+        How often the memory of rows and tags has gone or come: by then it may be elsewhere.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class RouteTable:
         self._every_layer = len(routes.layer_ids) == routes.num_layers
         self._vocabulary = vocabulary
         self._fused_forms: dict[tuple[int, int], Scatter] = {}
+        self.moves = 0
         self.fence: Callable[[], None] = lambda: None
 
     def _new_rows(self) -> torch.Tensor:
@@ -177,6 +180,20 @@ class RouteTable:
             vocabulary=self._vocabulary,
         )
 
+    def graph_scatter(self, *, columns: int) -> GraphScatter:
+        """The scatter for decode graphs, whose routers' tensors have so many columns."""
+        from .kernels import GraphScatter  # as above
+
+        return GraphScatter(
+            self.rows,
+            self.tags,
+            layers=len(self.routes.layer_ids),
+            columns=columns,
+            num_experts=self.routes.num_experts,
+            top_k=self.routes.top_k,
+            vocabulary=self._vocabulary,
+        )
+
     def compile(self, captured: torch.Tensor) -> None:
         """Scatter one row to no location, so that no forward waits for the kernel's compiler.
 
@@ -219,11 +236,13 @@ class RouteTable:
         """Free the device memory until ``take_again``; nothing may be in flight."""
         for part in self._on_device():
             part.untyped_storage().resize_(0)
+        self.moves += 1
 
     def take_again(self) -> None:
         """Take the memory again; every row is invalid."""
         for part in self._on_device():
             part.untyped_storage().resize_(part.numel() * part.element_size())
+        self.moves += 1
         self.tags.fill_(INVALID)
 
     def _on_device(self) -> tuple[torch.Tensor, ...]:

@@ -22,6 +22,7 @@ _LATER_ARGUMENTS = {
     "enable_encoder_swa_bounded_replay": False,
     "enable_decoder_swa_bounded_replay": False,
     "enable_unified_cache_external_linker": False,
+    "enable_unified_memory": False,
 }
 
 
@@ -115,11 +116,17 @@ def fused_shared_experts(model: Any) -> int:
     return int(getattr(model, "num_fused_shared_experts", 0))
 
 
-def kv_locations(forward_batch: Any) -> Any:
-    """KV locations that a forward writes, in the numbering of ``req_to_token``."""
-    if is_older() or forward_batch.out_cache_loc_virtual is None:
-        return forward_batch.out_cache_loc
-    return forward_batch.out_cache_loc_virtual
+def kv_locations_reader() -> Callable[[Any], Any]:
+    """Reads off a forward's batch the KV locations it writes, in ``req_to_token``'s numbering.
+
+    Made once, like ``request_slot_reader``.
+    """
+    return operator.attrgetter("out_cache_loc") if is_older() else _virtual_locations
+
+
+def _virtual_locations(forward_batch: Any) -> Any:
+    virtual = forward_batch.out_cache_loc_virtual
+    return forward_batch.out_cache_loc if virtual is None else virtual
 
 
 def data_parallel_ranks() -> int:
@@ -130,17 +137,19 @@ def data_parallel_ranks() -> int:
     return int(parallel.dp_size if is_older() else parallel.num_dp_ranks)
 
 
-def keeps_routes_in_decode_graphs(arguments: Any) -> bool:
-    """Whether ``topk_ids`` stay as the router made them until the end of a decode graph.
+def decode_graphs_store_routes(arguments: Any) -> bool:
+    """Whether a decode graph has, at its end, all that its routes are stored with.
 
-    Not where a graph is cut into pieces, where a compiler plans the memory, and where experts on
-    the CPU or on other ranks have ids rewritten. ``arguments`` as resolved.
+    Not where a graph is cut into pieces, where a compiler plans the memory, where experts on the
+    CPU or on other ranks have ``topk_ids`` rewritten, and where a graph's KV locations are not
+    those of ``req_to_token``. ``arguments`` as resolved.
     """
     return bool(
         arguments.cuda_graph_config.decode.backend == "full"
         and not arguments.enable_torch_compile
         and arguments.kt_weight_path is None
         and arguments.ep_size == 1
+        and not arguments.enable_unified_memory
     )
 
 

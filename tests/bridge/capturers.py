@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_bridge.capturer import ArenaCapturer
 from sglang_bridge.epochs import WeightEpochs
@@ -24,6 +25,7 @@ class Batch:
         self.positions = torch.arange(len(ids))
         self.out_cache_loc = torch.from_numpy(locations)
         self.out_cache_loc_virtual = None
+        self.forward_mode = ForwardMode.DECODE
 
     def contains_mm_inputs(self) -> bool:
         return False
@@ -44,6 +46,7 @@ class WithoutModel(ArenaCapturer):
         self.on_forward_begin(batch)
         return self.end_forward(batch, captured)
 
-    def end_forward(self, batch: Any, captured: torch.Tensor) -> Any:
+    def end_forward(self, batch: Any, captured: torch.Tensor, graph: int | None = None) -> Any:
+        """``graph``: the batch of the CUDA graph that it ran in."""
         self._every_row, self._get_local_slice = captured, lambda *_: captured
-        return self.on_forward_end(batch, False, None, no_copy_to_cpu=True)
+        return self.on_forward_end(batch, graph is not None, graph, no_copy_to_cpu=True)

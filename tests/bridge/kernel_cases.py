@@ -6,6 +6,8 @@ program after another, no GPU. Compiled and on a GPU the kernels are tested in `
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -106,35 +108,136 @@ def test_the_gather_kernel_takes_several_pieces_to_their_places(top_k: int) -> N
         assert (tags[first : first + n] == table.tags[where.long()]).all()
 
 
-def test_layers_that_were_kept_are_written_once_their_addresses_are_there() -> None:
-    buffer = torch.full((50, 6, 3), -1, dtype=torch.int32)
-    graphs = DecodeGraphs(buffer, [1, 2, 4], lambda: True)
-    layers = {
-        layer: torch.randint(0, 9, (40, 3), dtype=torch.int32, generator=torch.manual_seed(layer))
-        for layer in (1, 2, 4)
-    }
-    assert graphs.keep(1, layers[1])
-    assert not graphs.keep(2, layers[2].to(torch.int64)), "of another type: copied at once"
-    assert not graphs.keep(3, layers[2]), "no MoE layer"
-    assert graphs.keep(4, layers[4])
-    assert (buffer == -1).all(), "no address is known yet, so nothing was read"
+ROUTES = RouteLayout(9, 3, [1, 2, 4], num_layers=6)
 
-    graphs.before_forward()
-    graphs._write(graphs._addresses[0], 40)  # what a replay does
+
+class Captured:
+    """Decode graphs that "are captured" while ``on``; interpreted, a launch runs at once."""
+
+    def __init__(self, columns: int = 3) -> None:
+        self.table = RouteTable(ROUTES, 50, "cpu", vocabulary=VOCABULARY)
+        self.buffer = torch.full((40, 6, columns), -1, dtype=torch.int32)
+        self.on = True
+        self.graphs = DecodeGraphs(self.table, self.buffer, lambda: self.on)
+        self.forwards = Forwards(self.table)
+
+    def batch(self, tokens: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            input_ids=torch.from_numpy(self.forwards.token_ids(tokens)),
+            positions=torch.arange(3, 3 + tokens),
+            out_cache_loc=torch.from_numpy(self.forwards.locations(tokens)),
+        )
+
+    def layers(self, tokens: int) -> dict[int, torch.Tensor]:
+        """Each MoE layer's ids, with a shared expert in columns behind the routes."""
+        routes = torch.from_numpy(self.forwards.routes(tokens))
+        extra = self.buffer.shape[2] - ROUTES.top_k
+        shared = torch.full((tokens, extra), ROUTES.num_experts, dtype=torch.int32)
+        return {layer: torch.cat((routes[:, layer], shared), dim=1) for layer in ROUTES.layer_ids}
+
+    def capture(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor]) -> list[bool]:
+        kept = [self.graphs.keep(layer, ids) for layer, ids in layers.items()]
+        self.graphs.end_capture(None, None, batch, len(batch.input_ids))
+        return kept
+
+    def replay(self, graph: int, batch: SimpleNamespace, epoch: int = 0) -> None:
+        self.graphs.before_forward(epoch)
+        addresses = self.graphs._addresses[graph]
+        self.graphs._scatter(addresses, batch.out_cache_loc, batch.input_ids, batch.positions)
+
+    def check(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor], epoch: int) -> None:
+        """The table holds what the torch form would have put there."""
+        reference = RouteTable(ROUTES, 50, "cpu", vocabulary=VOCABULARY)
+        captured = torch.full((len(batch.input_ids), 6, ROUTES.top_k), -1, dtype=torch.int32)
+        for layer, ids in layers.items():
+            captured[:, layer] = ids[:, : ROUTES.top_k]
+        reference.scatter_with_torch(
+            captured, batch.out_cache_loc, batch.input_ids, batch.positions, epoch
+        )
+        where = batch.out_cache_loc
+        assert (reference.tags[where] >= 0).all()
+        np.testing.assert_array_equal(self.table.tags[where], reference.tags[where])
+        np.testing.assert_array_equal(self.table.rows[where], reference.rows[where])
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_a_graph_stores_its_layers_once_their_addresses_are_there(columns: int) -> None:
+    made = Captured(columns)
+    batch, layers = made.batch(20), made.layers(20)
+    assert made.capture(batch, layers) == [True] * 3
+    assert (made.table.tags < 0).all(), "no address is known yet, so nothing was read"
+    assert made.graphs.has_stored(20)
+    assert not made.graphs.has_stored(8)
+    assert not made.graphs.has_stored(None)
+    made.replay(0, batch, epoch=5)
+    made.check(batch, layers, 5)
+    assert int((made.table.tags >= 0).sum()) == 20
+    assert (made.buffer == -1).all(), "the capture buffer is left alone"
+
+
+def test_a_graph_sees_a_new_epoch_and_a_table_that_has_moved() -> None:
+    made = Captured()
+    batch, layers = made.batch(6), made.layers(6)
+    made.capture(batch, layers)
+    made.replay(0, batch, epoch=1)
+    made.table.give_back()
+    made.replay(0, batch, epoch=1)  # to no address: nothing is written
+    elsewhere = made.table.rows, made.table.tags
+    made.table.take_again()
+    made.table.rows, made.table.tags = (part.clone() for part in elsewhere)
+    made.replay(0, batch, epoch=(1 << 17) + 2)
+    made.check(batch, layers, 2)
+
+
+def test_a_graph_with_a_layer_of_another_form_leaves_its_routes_in_the_buffer() -> None:
+    made = Captured()
+    batch, layers = made.batch(20), made.layers(20)
+    given = {**layers, 2: layers[2].to(torch.int64), 3: layers[4]}
+    assert made.capture(batch, given) == [True, False, True, False]
+    assert not made.graphs.has_stored(20)
     for layer in (1, 4):
-        np.testing.assert_array_equal(buffer[:40, layer], layers[layer])
-    assert (buffer[:, [0, 2, 3, 5]] == -1).all()
-    assert (buffer[40:] == -1).all()
+        np.testing.assert_array_equal(made.buffer[:20, layer], layers[layer])
+    assert (made.buffer[:, [0, 2, 3, 5]] == -1).all(), "who was refused copies by itself"
+    made.graphs.before_forward(0)
+    assert (made.table.tags < 0).all()
+
+
+def test_two_graphs_for_as_many_tokens_must_both_store() -> None:
+    made = Captured()
+    batch, layers = made.batch(4), made.layers(4)
+    made.capture(batch, layers)
+    made.capture(batch, layers)
+    with pytest.raises(RuntimeError, match="two decode graphs for 4 tokens"):
+        made.capture(batch, {1: layers[1], 2: layers[2]})
 
 
 def test_a_capture_that_was_given_up_leaves_nothing_to_the_next() -> None:
-    buffer = torch.full((4, 2, 2), -1, dtype=torch.int32)
-    graphs = DecodeGraphs(buffer, [0, 1], lambda: True)
-    given_up, first, last = (torch.full((3, 2), value, dtype=torch.int32) for value in (5, 6, 7))
-    assert graphs.keep(0, given_up)
-    assert graphs.keep(0, first)
-    assert graphs.keep(1, last)
-    graphs.before_forward()
-    graphs._write(graphs._addresses[0], 3)
-    assert buffer[:3, 0].eq(6).all()
-    assert buffer[:3, 1].eq(7).all()
+    made = Captured()
+    batch, layers = made.batch(5), made.layers(5)
+    made.graphs.keep(1, made.layers(5)[1])
+    made.graphs.keep(2, made.layers(5)[2])
+    made.capture(batch, layers)
+    made.replay(0, batch)
+    made.check(batch, layers, 0)
+
+
+def test_nothing_is_kept_or_stored_while_a_forward_warms_up() -> None:
+    made = Captured()
+    batch, layers = made.batch(5), made.layers(5)
+    made.on = False
+    made.graphs.before_forward(0)
+    assert made.capture(batch, layers) == [False] * 3
+    assert not made.graphs.has_stored(5)
+    assert (made.table.tags < 0).all()
+
+
+def test_a_graph_for_more_requests_than_there_are_writes_beside_them_at_location_0_only() -> None:
+    made = Captured()
+    batch, layers = made.batch(8), made.layers(8)
+    batch.out_cache_loc[:3] = torch.tensor([7, 8, 9])
+    made.capture(batch, layers)
+    batch.out_cache_loc[3:], batch.positions[3:] = 0, 0
+    made.replay(0, batch)
+    assert (made.table.tags >= 0).nonzero().flatten().tolist() == [0, 7, 8, 9]
+    first = SimpleNamespace(**{name: value[:3] for name, value in vars(batch).items()})
+    made.check(first, {layer: ids[:3] for layer, ids in layers.items()}, 0)

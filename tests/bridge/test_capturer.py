@@ -112,6 +112,82 @@ def test_a_forward_whose_beginning_was_not_seen_begins_a_step_and_its_rows_are_m
     assert (captured == -1).all()
 
 
+# -- decode graphs -------------------------------------------------------------------------------
+
+
+class StoringGraphs:
+    """Decode graphs for batches of 4; what they store on a GPU is in the table already."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+
+    def before_forward(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def has_stored(self, tokens: int | None) -> bool:
+        return tokens == 4
+
+
+@pytest.fixture
+def graphs(engine: Engine) -> StoringGraphs:
+    made = engine.capturer._decode_graphs = StoringGraphs()
+    return made
+
+
+def test_what_a_decode_graph_has_stored_is_not_scattered_again(
+    engine: Engine, graphs: StoringGraphs
+) -> None:
+    batch, captured = engine.batch(4), engine.captured(4)
+    engine.capturer.on_forward_begin(batch)
+    engine.capturer.end_forward(batch, captured, graph=4).finalize()
+    assert engine.gatherer.processed == [1]
+    assert (engine.table.tags < 0).all()
+    assert (captured >= 0).any()
+    engine.capturer.weights_change("new")
+    assert engine.capturer.epochs.current == 1, "its epoch was used"
+    engine.capturer.on_forward_begin(batch)
+    assert graphs.epochs == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["eager", "another batch", "a prefill graph"])
+def test_what_no_decode_graph_has_stored_is_scattered(
+    engine: Engine, graphs: StoringGraphs, how: str
+) -> None:
+    """The batch that SGLang names with a prefill graph is that of an earlier decode graph."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    batch = engine.batch(4)
+    if how == "a prefill graph":
+        batch.forward_mode = ForwardMode.EXTEND
+    engine.capturer.on_forward_begin(batch)
+    ran = {"eager": None, "another batch": 8, "a prefill graph": 4}[how]
+    engine.capturer.end_forward(batch, engine.captured(4), graph=ran)
+    assert int((engine.table.tags >= 0).sum()) == 4
+
+
+def test_rows_of_a_decode_graph_whose_beginning_was_not_seen_are_missing(
+    engine: Engine, graphs: StoringGraphs
+) -> None:
+    batch = engine.batch(4)
+    engine.capturer.forward(batch, engine.captured(4))
+    assert int((engine.table.tags >= 0).sum()) == 4
+    engine.capturer.end_forward(batch, engine.captured(4), graph=4)
+    assert (engine.table.tags < 0).all()
+
+
+def test_a_forward_begins_behind_the_gathers_whatever_fails(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing() -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(engine.publisher, "flush", failing)
+    begun = engine.gatherer.forward_begins()
+    with pytest.raises(RuntimeError, match="injected"):
+        engine.capturer.on_forward_begin(engine.batch(4))
+    assert engine.gatherer.forward_begins() == begun + 2
+
+
 def test_without_shadow_mode_a_mark_carries_no_tensors(engine: Engine) -> None:
     mark = engine.capturer.forward(engine.batch(4), engine.captured(4))
     copied: list[torch.Tensor] = []

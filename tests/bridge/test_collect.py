@@ -412,9 +412,10 @@ def test_a_request_that_fails_among_others_fails_alone(scheduler: Scheduler, rid
 def test_a_ticket_that_cannot_be_handed_over_fails_its_record_and_no_other(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_bridge import collect, publisher
+    from sglang_bridge import collect
 
-    made, handed = publisher.ticket_tensor, []
+    publisher = scheduler.publisher
+    made, handed = publisher._respond, []
 
     def breaking(envelope: bytes) -> Any:
         handed.append(envelope)
@@ -422,7 +423,7 @@ def test_a_ticket_that_cannot_be_handed_over_fails_its_record_and_no_other(
             raise MemoryError("no tensor now")
         return made(envelope)
 
-    monkeypatch.setattr(publisher, "ticket_tensor", breaking)
+    monkeypatch.setattr(publisher, "_respond", breaking)
     served = ended(scheduler, "a", "b", "c")
     collect.issue(served[2][0])
     collect.flush()

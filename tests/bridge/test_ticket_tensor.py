@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from sglang_bridge.ticket_tensor import ticket_tensor
+from sglang_bridge.ticket_tensor import PickledTicket, plain_tensor, response_form
 
 ENVELOPE = bytes(range(256))[:233]
 
@@ -22,7 +22,7 @@ def output(sglang: SimpleNamespace) -> Any:
     """Make the message that carries a step's tickets from SGLang's scheduler."""
     from sglang.srt.managers.io_struct import BatchTokenIDOutput
 
-    def make(tickets: list[torch.Tensor | None]) -> Any:
+    def make(tickets: list[Any]) -> Any:
         empty = {
             field.name: None if isinstance(None, _plain(field.type)) else []
             for field in msgspec.structs.fields(BatchTokenIDOutput)
@@ -46,32 +46,42 @@ def assert_plain(tensor: Any, envelope: bytes = ENVELOPE) -> None:
     assert tensor.numpy().tobytes() == envelope
 
 
-def test_its_bytes_are_the_envelope() -> None:
-    assert ticket_tensor(ENVELOPE).numpy().tobytes() == ENVELOPE
+def test_a_tensor_s_bytes_are_the_envelope() -> None:
+    assert_plain(plain_tensor(ENVELOPE))
 
 
-def test_what_is_made_of_it_is_a_plain_tensor() -> None:
-    assert_plain(ticket_tensor(ENVELOPE).cpu().contiguous().clone())
+@pytest.mark.parametrize(("pickles", "form"), [(True, PickledTicket), (False, plain_tensor)])
+def test_the_form_is_the_one_that_sglang_s_transport_carries(
+    sglang: SimpleNamespace, pickles: bool, form: Any
+) -> None:
+    from sglang.srt.environ import envs
+
+    with envs.SGLANG_USE_PICKLE_IPC.override(pickles):
+        assert response_form() is form
+
+
+def test_its_size_is_the_envelope_s() -> None:
+    assert PickledTicket(ENVELOPE).nbytes == plain_tensor(ENVELOPE).nbytes == len(ENVELOPE)
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
 def test_a_pickle_round_trip_gives_a_plain_tensor(protocol: int) -> None:
-    assert_plain(pickle.loads(pickle.dumps(ticket_tensor(ENVELOPE), protocol)))
+    assert_plain(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE), protocol)))
 
 
 def test_what_comes_out_of_a_pickle_can_be_pickled_on() -> None:
-    assert_plain(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(ticket_tensor(ENVELOPE))))))
+    assert_plain(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE))))))
 
 
 def test_a_pickle_is_hardly_larger_than_the_envelope() -> None:
-    pickled = pickle.dumps(ticket_tensor(ENVELOPE), pickle.HIGHEST_PROTOCOL)
+    pickled = pickle.dumps(PickledTicket(ENVELOPE), pickle.HIGHEST_PROTOCOL)
     assert len(pickled) <= len(ENVELOPE) + 80
 
 
 def test_a_pickled_step_s_output_is_hardly_larger_than_its_envelopes(output: Any) -> None:
     """As SGLang sends it by default (``SGLANG_USE_PICKLE_IPC``)."""
     envelopes = [bytes([number]) * 233 for number in range(160)]
-    with_tickets = output([ticket_tensor(envelope) for envelope in envelopes])
+    with_tickets = output([PickledTicket(envelope) for envelope in envelopes])
     message = pickle.dumps(with_tickets, pickle.HIGHEST_PROTOCOL)
     without = pickle.dumps(output([None] * 160), pickle.HIGHEST_PROTOCOL)
     assert len(message) - len(without) <= 160 * (233 + 16) + 100
@@ -79,21 +89,19 @@ def test_a_pickled_step_s_output_is_hardly_larger_than_its_envelopes(output: Any
         assert_plain(tensor, envelope)
 
 
-def test_sglang_s_msgpack_carries_it_as_any_tensor(output: Any) -> None:
+def test_sglang_s_msgpack_carries_a_tensor(output: Any) -> None:
     from sglang.srt.managers.io_struct import msgpack_decode, msgpack_encode
 
-    message = msgpack_encode(output([ticket_tensor(ENVELOPE), None]))
+    message = msgpack_encode(output([plain_tensor(ENVELOPE), None]))
     ours, nothing = msgpack_decode(message).routed_experts
     assert nothing is None
     assert_plain(ours)
-    plain = msgpack_encode(output([torch.frombuffer(bytearray(ENVELOPE), dtype=torch.uint8), None]))
-    assert message == plain
 
 
 def test_the_detokenizer_makes_base64_of_the_envelope_of_it(sglang: SimpleNamespace) -> None:
     from sglang.srt.managers.detokenizer_manager import DetokenizerManager
 
-    arrived = pickle.loads(pickle.dumps(ticket_tensor(ENVELOPE)))
+    arrived = pickle.loads(pickle.dumps(PickledTicket(ENVELOPE)))
     encode: Any = DetokenizerManager._b64_encode_per_request
     text, nothing = encode([arrived, None])
     assert nothing is None

@@ -50,12 +50,13 @@ def test_kv_locations_are_the_virtual_ones_where_there_are_any(installed: Any) -
     """``req_to_token`` has those; attention may have rebound the others to physical ones."""
     batch = SimpleNamespace(out_cache_loc="physical", out_cache_loc_virtual="virtual")
     installed("0.5.23")
-    assert versions.kv_locations(batch) == "virtual"
+    locations = versions.kv_locations_reader()
+    assert locations(batch) == "virtual"
     batch.out_cache_loc_virtual = None
-    assert versions.kv_locations(batch) == "physical"
+    assert locations(batch) == "physical"
     del batch.out_cache_loc_virtual
     installed("0.5.17")
-    assert versions.kv_locations(batch) == "physical"
+    assert versions.kv_locations_reader()(batch) == "physical"
 
 
 def test_what_an_older_sglang_does_not_have_is_off(installed: Any, sglang: Any) -> None:

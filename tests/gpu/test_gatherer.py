@@ -15,6 +15,7 @@ import torch
 from forwards import VOCABULARY, Forwards
 
 import shmroute
+from sglang_bridge import gather_device
 from sglang_bridge.cuda_driver import Event
 from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.finished import Finished
@@ -240,6 +241,7 @@ def reused_at_once(bridge: Bridge, steps: int = 40) -> int:
         with torch.cuda.stream(bridge.gatherer._gather_stream):
             torch.cuda._sleep(3_000_000)  # the gather comes late
         bridge.flush()
+        bridge.gatherer.forward_begins()
         bridge.table.scatter(device[(step + 1) % 4].clone(), where, words, positions, 0)
         with ShmRouteReader(ticket) as read:
             expected = bridge.forwards.rows(routes[step % 4])
@@ -248,15 +250,27 @@ def reused_at_once(bridge: Bridge, steps: int = 40) -> int:
     return wrong
 
 
-def test_locations_that_are_rewritten_at_once_never_reach_a_record(make_bridge: Make) -> None:
+def test_locations_that_are_rewritten_at_once_never_reach_a_record(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a scatter that waits itself."""
+    monkeypatch.setattr(DeviceGatherer, "forward_begins", lambda _: 1)
     assert reused_at_once(make_bridge()) == 0
 
 
-def test_without_the_wait_of_the_scatter_they_do(make_bridge: Make) -> None:
-    """The test above would notice."""
+def test_a_scatter_inside_a_graph_does_not_overtake_a_gather(make_bridge: Make) -> None:
+    """It cannot wait; the whole forward does."""
     bridge = make_bridge()
     bridge.table.fence = lambda: None
-    assert reused_at_once(bridge) > 20
+    assert reused_at_once(bridge) == 0
+
+
+def test_without_the_wait_for_the_gather_they_do(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests above would notice."""
+    monkeypatch.setattr(DeviceGatherer, "_hold_back_scatters", lambda *_: None)
+    assert reused_at_once(make_bridge()) > 20
 
 
 def snapshot_late(bridge: Bridge, *, held_back: bool) -> torch.Tensor:
@@ -299,6 +313,63 @@ def test_without_the_wait_of_the_schedule_stream_it_is(
     monkeypatch.setattr(Event, "hold_back", lambda *_: None)
     taken = snapshot_late(bridge, held_back=True)
     assert torch.equal(taken, torch.full((100,), 9, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("held_back", [False, True])
+def test_of_many_requests_of_a_step_the_whole_pool_is_copied_once(
+    make_bridge: Make, held_back: bool
+) -> None:
+    bridge = make_bridge(slots=64)
+    together = [(bridge.forwards.token_ids(n), bridge.forwards.locations(n)) for n in range(40, 60)]
+    for step in range(3):
+        captured = [bridge.forwards.run(ids, locations) for ids, locations in together]
+        for slot, (_, locations) in enumerate(together):
+            bridge.req_to_token[slot, : len(locations)] = torch.from_numpy(locations).to(DEVICE)
+        torch.cuda.synchronize()
+        if held_back:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                bridge.gatherer.forward_begins()
+            torch.cuda._sleep(10_000_000)
+        served = []
+        for slot, (ids, _) in enumerate(together):
+            taken = bridge.gatherer.snapshot(bridge.req_to_token, slot, 0, len(ids))
+            assert bridge.gatherer._whole is (slot >= 4)
+            bridge.req_to_token[slot].fill_(9)  # as SGLang may, in its next statement
+            request = Finished(f"{step}-{slot}", 0, len(ids), 1, taken, lambda ids=ids: ids)
+            rows = bridge.forwards.rows(captured[slot])
+            served.append((bridge.publisher.collect(request), rows))
+        bridge.flush()
+        check(served)
+
+
+@pytest.mark.parametrize("begins", ["a forward", "a result"])
+def test_a_copy_of_the_pool_is_of_its_step_only(make_bridge: Make, begins: str) -> None:
+    bridge = make_bridge()
+    for slot in range(5):
+        bridge.gatherer.snapshot(bridge.req_to_token, slot, 0, 10)
+    assert bridge.gatherer._whole
+    if begins == "a forward":
+        bridge.gatherer.forward_begins()
+    else:
+        bridge.gatherer.result_processed(0)
+    bridge.req_to_token[7, :10] = 77
+    for slot in range(8):
+        taken = bridge.gatherer.snapshot(bridge.req_to_token, slot, 0, 10)
+    torch.cuda.synchronize()
+    assert (read(taken, 10) == 77).all()
+
+
+def test_a_pool_that_is_too_large_is_never_copied_whole(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather_device, "_POOL_BYTES_MAX", 1 << 20)
+    bridge = make_bridge()
+    for slot in range(8):
+        bridge.req_to_token[slot, 5:15] = slot
+        taken = bridge.gatherer.snapshot(bridge.req_to_token, slot, 5, 15)
+        torch.cuda.synchronize()
+        assert (read(taken, 10) == slot).all()
+    assert not bridge.gatherer._whole
 
 
 def test_a_step_s_snapshots_wait_for_the_gather_of_the_step_before(make_bridge: Make) -> None:
