@@ -101,17 +101,18 @@ def _timed_snapshots() -> None:
     """
     import torch
 
-    from sglang_bridge import gather_device
     from sglang_bridge.gather_device import DeviceGatherer
 
-    ours = DeviceGatherer.snapshot
+    ours, idle = DeviceGatherer.snapshot, DeviceGatherer.idle
     clock = torch.cuda.Stream()
     open_ones: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
     path = os.environ[SNAPSHOT_FILE]
 
     def timed(self: Any, pool: Any, slot: int, start: int, end: int) -> Any:
         way = ("side", "schedule")[self._processed % 2]
-        gather_device.is_idle = lambda stream: way == "schedule"
+        DeviceGatherer.idle = property(  # type: ignore[assignment,method-assign]
+            lambda self: way == "schedule" or idle.__get__(self)
+        )
         asked, taken = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         asked.record(clock)
         locations = ours(self, pool, slot, start, end)

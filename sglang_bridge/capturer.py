@@ -179,13 +179,12 @@ class ArenaCapturer(RoutedExpertsCapturer):
             self._every_row = buffer[:, :, : self.topk_size]
         self._decode_graphs = DecodeGraphs(self.table, buffer, captures_decode_graph)
 
-    def watch_captures(self, tail_hooks: list[Callable[..., None]]) -> None:
-        """Be called at the end of each decode graph's forward while it is captured.
-
-        ``tail_hooks`` is the model runner's list, before it captures any.
-        """
+    def look_at(self, runner: Any) -> None:
+        """See the model runner that made this capturer, before it captures any graph."""
+        if self.publisher is not None:
+            self.publisher.gatherer.look_at(runner.req_to_token_pool.req_to_token)
         if self._decode_graphs is not None:
-            tail_hooks.append(self._decode_graphs.end_capture)
+            runner.capture_tail_hooks.append(self._decode_graphs.end_capture)
 
     # -- at each forward ---------------------------------------------------------------------
 

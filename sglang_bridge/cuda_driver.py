@@ -65,15 +65,6 @@ def current_stream(device: int) -> int:
     return handle
 
 
-def is_idle(stream: int) -> bool:
-    """Whether the stream has done everything that was asked of it."""
-    code = driver.cuStreamQuery(stream)[0]
-    if code == driver.CUresult.CUDA_ERROR_NOT_READY:
-        return False
-    _check(code, "cuStreamQuery")
-    return True
-
-
 def copy(target: int, source: int, nbytes: int, stream: int) -> None:
     """Copy between two addresses, device or page-locked, in stream order."""
     _check(driver.cuMemcpyAsync(target, source, nbytes, stream)[0], "cuMemcpyAsync")

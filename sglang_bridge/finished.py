@@ -94,6 +94,9 @@ class Gatherer(Protocol):
         None: a forward whose beginning was not seen.
         """
 
+    def look_at(self, req_to_token: torch.Tensor) -> None:
+        """At the start: the pool that ``snapshot`` will be asked for."""
+
     def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> Any:
         """Copy a request's KV locations, ordered before any later write of ``req_to_token``.
 

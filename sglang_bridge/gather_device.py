@@ -41,7 +41,7 @@ from shmroute.counters import Counters
 from shmroute.cuda_runtime import relaxed_capture
 from shmroute.pinned import PageLock
 
-from .cuda_driver import Event, copy, current_stream, is_idle
+from .cuda_driver import Event, copy, current_stream
 from .finished import Finished, Gathered, Job
 from .kernels import Gather
 from .staging import (
@@ -60,9 +60,8 @@ logger = logging.getLogger("shmroute")
 
 _INT32, _INT64 = 4, 8
 _LOCATIONS_LEAST = 1 << 18
-# Requests of one step whose locations are copied one by one; then all of SGLang's pool is, in
-# one copy, for those that may follow, if it is no larger than this.
-_COPIED_ALONE = 4
+# Of a step's requests the first one's locations are copied alone. Then all of SGLang's pool is,
+# once for those that may follow, if it is no larger than this.
 _POOL_BYTES_MAX = 64 << 20
 
 
@@ -140,7 +139,7 @@ class DeviceGatherer:
         self._pool_address, self._pool_stride = 0, 0
         # The pool as it was in this step, once ``_whole``; None: it is too large to be copied.
         self._pool_copy: torch.Tensor | None = None
-        self._alone, self._whole = 0, False
+        self._followed, self._whole = False, False
 
     def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
         self._hand_over = hand_over
@@ -178,7 +177,7 @@ class DeviceGatherer:
             self._hold_back_scatters(stream)
         self._begin.record(stream)
         self._begun += 1
-        self._alone, self._whole = 0, False  # the pool has been written to
+        self._followed, self._whole = False, False  # the pool has been written to
         return self._begun
 
     def result_processed(self, forward: int | None) -> None:
@@ -187,35 +186,35 @@ class DeviceGatherer:
         self._ordered = False
         # What was taken before is gathered from before it is overwritten.
         self._locations_used = 0
-        self._alone, self._whole = 0, False
+        self._followed, self._whole = False, False
 
     def _choose_stream(self) -> None:
         """Where this step's snapshots come after the writes of ``req_to_token`` asked for so far.
 
-        Nothing is launched on the schedule stream between them that could hold it back.
+        While a forward is in flight the schedule stream may be held back behind it, and what was
+        written before that forward began is all that there is.
         """
         self._schedule = current_stream(self._index)
-        held_back = self._begun > self._processed and not is_idle(self._schedule)
-        if held_back:
+        self._aside = not self.idle
+        if self._aside:
             self._begin.hold_back(self._gather)
         else:
             # The step before may still be gathered from the memory that these go to.
             self._gathered.hold_back(self._schedule)
-        self._aside = held_back
         self._ordered = True
 
     def snapshot(
         self, req_to_token: torch.Tensor, slot: int, start: int, end: int
     ) -> DeviceLocations:
         if req_to_token is not self._pool:
-            self._look_at(req_to_token)
+            self.look_at(req_to_token)
         if not self._ordered:
             self._choose_stream()
         count, first = end - start, self._locations_used
         if not count:
             return DeviceLocations(0, self._locations)
         before = _INT32 * (slot * self._pool_stride + start)
-        if self._alone == _COPIED_ALONE and self._pool_copy is not None:
+        if self._followed and self._pool_copy is not None:
             if not self._whole:
                 self._take(self._pool_copy.data_ptr(), self._pool_address, self._pool_copy.nbytes)
                 self._whole = True
@@ -226,7 +225,7 @@ class DeviceGatherer:
         else:
             taken = self._place_elsewhere(count)
         self._take(taken.address, self._pool_address + before, _INT32 * count)
-        self._alone += self._alone < _COPIED_ALONE
+        self._followed = True
         return taken
 
     def _take(self, target: int, source: int, nbytes: int) -> None:
@@ -244,7 +243,8 @@ class DeviceGatherer:
             self._taken.record(self._schedule)
             self._taken.hold_back(self._gather)
 
-    def _look_at(self, req_to_token: torch.Tensor) -> None:
+    def look_at(self, req_to_token: torch.Tensor) -> None:
+        """Take what ``snapshot`` needs for this pool: at a request's end it would take too long."""
         if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:
             raise TypeError(
                 f"req_to_token is {req_to_token.dtype} with strides {req_to_token.stride()}; "
@@ -301,8 +301,9 @@ class DeviceGatherer:
         # Kept for good if what follows fails: a copy may be on its way into it.
         self._in_doubt.append(buffer)
         lane = self._new_lane(run.nbytes, run.rows) if work.pageable else self._take_lane()
-        if lane.used:
-            lane.copied.hold_back(self._gather)
+        before = lane.buffer
+        if before is not None and not before.arrived:
+            before.copied.hold_back(self._gather)
         self._gather_run(run, lane, buffer)
         self._gathered.record(self._gather)
         self._gathered.hold_back(self._copy)
@@ -313,9 +314,9 @@ class DeviceGatherer:
         else:
             self.copy_rows(run, lane)
         copy(buffer.tags_address, lane.tags.data_ptr(), _INT64 * run.rows, self._copy)
+        buffer.arrived = False
         buffer.copied.record(self._copy)
-        lane.copied.record(self._copy)
-        lane.used = True
+        lane.buffer = buffer
         work.lane, work.buffer = lane, buffer
         self._in_doubt.pop()
 
@@ -380,8 +381,7 @@ class DeviceGatherer:
         """Free the staging and the table's device memory; the engine is idle and may wait."""
         self._gather_stream.synchronize()
         self._copy_stream.synchronize()
-        self._lanes = []
-        self._pool, self._pool_copy = None, None
+        self._lanes, self._pool_copy = [], None
         self._table.give_back()
         torch.cuda.empty_cache()
 
@@ -389,6 +389,8 @@ class DeviceGatherer:
         """Take both again; the table's rows are invalid until forwards fill them."""
         self._table.take_again()
         self._make_lanes()
+        if self._pool is not None:
+            self.look_at(self._pool)
 
     def stop(self) -> None:
         self._hand_over(None)
@@ -418,6 +420,7 @@ class _Run:
             torch.cuda.set_device(self._owner.device)  # the sealer's own context
             with relaxed_capture():
                 self.buffer.copied.synchronize()
+            self.buffer.arrived = True
             if self.pageable:
                 self._owner.copy_pageable(self.run, self.lane)
             self.lane = None

@@ -66,6 +66,9 @@ class HostGatherer:
         if forward is not None:
             self._processed = forward
 
+    def look_at(self, req_to_token: torch.Tensor) -> None:
+        """Nothing is needed for a pool in host memory."""
+
     def snapshot(self, req_to_token: torch.Tensor, slot: int, start: int, end: int) -> torch.Tensor:
         return req_to_token[slot, start:end].clone()
 

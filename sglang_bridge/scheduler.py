@@ -70,7 +70,7 @@ def _create(_original: Callable[..., Any], **arguments: Any) -> ArenaCapturer:
 def _created(_result: None, runner: Any) -> None:
     capturer = get_global_experts_capturer()
     if isinstance(capturer, ArenaCapturer) and not runner.is_draft_worker:
-        capturer.watch_captures(runner.capture_tail_hooks)
+        capturer.look_at(runner)
 
 
 def _forward_begins(runner: Any, forward_batch: Any, *_arguments: Any, **_options: Any) -> None:

@@ -154,6 +154,7 @@ ATTRIBUTES = {
     "sglang.srt.model_executor.model_runner.ModelRunner": (
         "is_draft_worker",
         "capture_tail_hooks",
+        "req_to_token_pool",
     ),
     # A module; its function of a similar name counts prefill graphs, too.
     "sglang.srt.model_executor.runner_utils.capture_mode": ("is_capture_mode",),

@@ -87,20 +87,20 @@ def _continues(
 
 
 class Lane:
-    """GPU memory for one run at a time; ``copied`` is recorded when it may be used again."""
+    """GPU memory for one run at a time; ``buffer`` is the last one's, whose copy ends its use."""
 
     def __init__(self, nbytes: int, rows: int, word: torch.dtype, device: torch.device) -> None:
         self.words = torch.empty(nbytes // word.itemsize, dtype=word, device=device)
         self.tags = torch.empty(rows, dtype=torch.int64, device=device)
         self.pieces = torch.empty((PIECES_MAX, PIECE_FIELDS), dtype=torch.int64, device=device)
-        self.used = False
-        self.copied = Event()
+        self.buffer: HostBuffer | None = None
 
 
 class HostBuffer:
     """Page-locked memory for one run: its pieces on the way there, its tags on the way back.
 
-    ``copied`` is recorded when the run's rows and tags are there.
+    ``copied`` is recorded when the run's rows and tags are there; ``arrived`` says that the sealer
+    has seen it.
     """
 
     def __init__(self, rows: int) -> None:
@@ -112,6 +112,7 @@ class HostBuffer:
         self.pieces_address = self._memory.data_ptr()
         self.tags_address = self.pieces_address + self.pieces.nbytes
         self.copied = Event(blocking=True)
+        self.arrived = True
 
 
 class HostBuffers:
