@@ -120,10 +120,20 @@ class ExclusiveLeases:
     def try_acquire(self, slot: int) -> bool:
         """Take the slot's exclusive lease; False while a reader has it."""
         index, byte = divmod(slot, SLOTS_PER_FILE)
+        return _set_lock(self._fd(index), _EXCLUSIVE[byte])
+
+    def try_acquire_run(self, slot: int, count: int) -> bool:
+        """Take those of ``count`` neighbours from ``slot`` on, which are in one file, in one call;
+        False, and none is taken, while a reader has any of them.
+        """
+        index, byte = divmod(slot, SLOTS_PER_FILE)
+        return lock_range(self._fd(index), fcntl.F_WRLCK, byte, count)
+
+    def _fd(self, index: int) -> int:
         fd = self._fds.get(index)
         if fd is None:
             fd = self._fds[index] = open_lease_file(self._file_name(index), writable=True)
-        return _set_lock(fd, _EXCLUSIVE[byte])
+        return fd
 
     def release(self, slot: int) -> bool:
         """Give the slot's lease back; False when the kernel cannot, and it is still held."""

@@ -58,7 +58,7 @@ from . import layout
 from .counters import RECLAIMING, RESERVING, SEALING, Counters
 from .errors import ArenaFull, LeaseUnavailable, ShmRouteError
 from .extents import ExtentAllocator, Space
-from .leases import ExclusiveLeases
+from .leases import SLOTS_PER_FILE, ExclusiveLeases
 from .memory import ArenaMemory, rid_hash
 from .metadata import Metadata, WeightRun, as_runs, merge_ranges
 from .reservation import Reservation, Wanted
@@ -225,10 +225,8 @@ class RecordWriter:
                 return records
             end = offset + size
             try:
-                for want, plan in zip(wanted, plans, strict=False):
-                    slot = self._free_slot()
-                    if slot is None:
-                        break
+                slots = self._take_slots(len(plans))
+                for want, plan, slot in zip(wanted, plans, slots, strict=False):
                     rid, nbytes = want.rid, plan.total_bytes
                     records.append(
                         Reservation(
@@ -244,8 +242,6 @@ class RecordWriter:
                         )
                     )
                     offset += nbytes
-            except LeaseUnavailable:
-                pass  # ``reserve`` says it, if it is still so then
             finally:
                 if offset < end:
                     self._allocator.free(offset, end - offset)
@@ -340,6 +336,35 @@ class RecordWriter:
             self._take_back(1)  # else the busy ones would be tried again and those not seen
             self._free_slots.rotate(-1)
         return None
+
+    def _take_slots(self, count: int) -> list[int]:
+        """So many free slots under their leases, or as many as there are."""
+        slots: list[int] = []
+        try:
+            while len(slots) < count:
+                run = self._neighbours(count - len(slots))
+                if run > 1 and self._leases.try_acquire_run(self._free_slots[0], run):
+                    slots.extend([self._free_slots.popleft() for _ in range(run)])
+                    continue
+                slot = self._free_slot()
+                if slot is None:
+                    break
+                slots.append(slot)
+        except LeaseUnavailable:
+            pass  # ``reserve`` says it, if it is still so then
+        return slots
+
+    def _neighbours(self, most: int) -> int:
+        """How many of the next free slots follow each other in one lease file."""
+        free = self._free_slots
+        if not free:
+            return 0
+        first = free[0]
+        most = min(most, len(free), SLOTS_PER_FILE - first % SLOTS_PER_FILE)
+        count = 1
+        while count < most and free[count] == first + count:
+            count += 1
+        return count
 
     def _has_room(self, size: int) -> bool:
         return self._allocator.largest >= size and bool(self._free_slots)

@@ -52,6 +52,17 @@ _WRITER = (
         ("store/test_search.py::test_a_record_in_flight_is_route_timeout",),
     ),
     Guard(
+        "the writer's leases on the slots of a step",
+        "as for one record",
+        "shmroute/writer.py",
+        "if run > 1 and self._leases.try_acquire_run(self._free_slots[0], run):",
+        "if run > 1:",
+        (
+            "bridge/test_reserving_together.py::"
+            "test_each_has_its_slot_s_lease_also_over_the_end_of_a_lease_file",
+        ),
+    ),
+    Guard(
         "space of records that could not be reserved together",
         "it is free again",
         "shmroute/writer.py",

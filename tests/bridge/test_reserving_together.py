@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import shmroute
 from shmroute import LeaseUnavailable, RouteLayout, ShmRouteReader
 from shmroute.counters import read_counters
+from shmroute.leases import ExclusiveLeases, SharedLeases
 from shmroute.writer import RecordWriter
 
 ROUTES = RouteLayout(16, 2, range(3))
@@ -93,22 +95,81 @@ def test_what_has_no_piece_for_all_of_it_takes_nothing(writer: RecordWriter) -> 
     assert in_use(writer) == (0, 0)
 
 
-def test_a_lease_that_the_kernel_refuses_ends_it_and_nothing_is_lost(
-    writer: RecordWriter, monkeypatch: pytest.MonkeyPatch
+def leased(arena: shmroute.Arena) -> set[int]:
+    """Slots whose lease no reader can get."""
+    leases = SharedLeases(arena.segment.lease_file)
+    slots = set(range(arena.memory.description.slots))
+    had = {slot for slot in slots if leases.try_acquire(slot)}
+    leases.drop(had)
+    return slots - had
+
+
+def test_each_has_its_slot_s_lease_also_over_the_end_of_a_lease_file(arena_name: str) -> None:
+    with shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=300) as arena:
+        records = arena.writer.reserve_together([Asked(f"{i}", 5) for i in range(290)])
+        assert [record.slot for record in records] == list(range(290))
+        assert leased(arena) == set(range(290))
+        for record in records[:100:2]:
+            record.fail("by the test")
+        assert leased(arena) == {record.slot for record in records if record.open}
+        # Of what is free now no two slots are neighbours, but for the last ten.
+        again = arena.writer.reserve_together([Asked(f"again {i}", 5) for i in range(40)])
+        assert len({record.slot for record in again}) == 40
+        assert leased(arena) == {record.slot for record in (*records, *again) if record.open}
+
+
+def test_a_slot_that_a_late_reader_looks_at_is_left_out(
+    arena: shmroute.Arena, writer: RecordWriter
 ) -> None:
-    take, taken = writer._leases.try_acquire, []
+    looking = SharedLeases(arena.segment.lease_file)
+    assert looking.try_acquire(2)
+    records = writer.reserve_together([Asked(f"{i}", 5) for i in range(5)])
+    assert len(records) == 5
+    assert 2 not in {record.slot for record in records}
+    looking.drop([2])
+    assert leased(arena) == {record.slot for record in records}
 
-    def refusing(slot: int) -> bool:
-        if len(taken) == 2:
+
+def refusing_after(leases: ExclusiveLeases, granted: int, name: str) -> Callable[..., bool]:
+    """A way of ``leases`` that the kernel refuses after so many times."""
+    take, taken = getattr(leases, name), []
+
+    def refusing(*slots: int) -> bool:
+        if len(taken) == granted:
             raise LeaseUnavailable(errno.ENOLCK, "no lock now")
-        taken.append(slot)
-        return take(slot)
+        taken.append(slots)
+        return bool(take(*slots))
 
+    return refusing
+
+
+@pytest.mark.parametrize(
+    ("way", "free", "granted", "slots"),
+    [
+        ("try_acquire", (0, 2, 4, 6, 1, 3, 5, 7), 2, [0, 2]),
+        ("try_acquire_run", (0, 1, 6, 7, 3, 4), 1, [0, 1]),
+        ("try_acquire_run", (0, 1, 2, 3), 0, []),
+    ],
+    ids=["alone", "the second run", "the first run"],
+)
+def test_a_lease_that_the_kernel_refuses_ends_it_and_nothing_is_lost(
+    writer: RecordWriter,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    free: tuple[int, ...],
+    granted: int,
+    slots: list[int],
+) -> None:
+    whole = writer._free_slots.copy()
+    writer._free_slots = deque(free)
     with monkeypatch.context() as patch:
-        patch.setattr(writer._leases, "try_acquire", refusing)
+        patch.setattr(writer._leases, way, refusing_after(writer._leases, granted, way))
         records = writer.reserve_together([Asked(f"{i}", 5) for i in range(4)])
-    assert [record.rid for record in records] == ["0", "1"]
-    assert in_use(writer) == (sum(record.plan.total_bytes for record in records), 2)
+    assert [record.slot for record in records] == slots
+    writer._free_slots.extend(set(whole) - set(free))
+    again = writer.reserve_together([Asked("again", 5)])
+    used = sum(record.plan.total_bytes for record in (*records, *again))
+    assert in_use(writer) == (used, len(slots) + 1)
 
 
 def test_freed_records_are_taken_back_as_fast_as_they_are_reserved(writer: RecordWriter) -> None:
