@@ -55,7 +55,7 @@ from shmroute.ticket import RID_BYTES_MAX, failed_ticket
 from .epochs import WeightEpochs
 from .errors import DeviceError
 from .finished import Finished, Gathered, Gatherer, Job
-from .interpreter import insisting
+from .interpreter import Insistence
 from .judge import Verdict, judge
 from .shadow import Shadow
 from .ticket_tensor import plain_tensor
@@ -295,20 +295,25 @@ class Publisher:
 
     def _seal_loop(self) -> None:
         while (gathered := self._to_seal.get()) is not None:
-            gathered.wait()
-            for job in gathered.jobs:
-                self._let_the_scheduler_run()
-                try:
-                    with insisting(self.gatherer.idle):
+            with Insistence() as insistence:
+                insistence.follow(self.gatherer.idle)
+                gathered.wait()
+                for job in gathered.jobs:
+                    self._let_the_scheduler_run()
+                    insistence.follow(self.gatherer.idle)
+                    try:
                         self._seal(job)
-                except Exception as error:
-                    self._give_up(job, error)
-            gathered.done()
-            try:
-                self.arena.writer.maintain()
-            except Exception:
-                # The next round tries again; until then a full arena serves inline.
-                logger.exception("shmroute: reclaiming failed")
+                    except Exception as error:
+                        self._give_up(job, error)
+                gathered.done()
+                self._maintain()
+
+    def _maintain(self) -> None:
+        try:
+            self.arena.writer.maintain()
+        except Exception:
+            # The next round tries again; until then a full arena serves inline.
+            logger.exception("shmroute: reclaiming failed")
 
     def _let_the_scheduler_run(self) -> None:
         """Leave the interpreter to the scheduler thread: sealing can wait, it cannot.

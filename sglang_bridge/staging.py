@@ -19,7 +19,7 @@ from .cuda_driver import Event
 from .finished import Job
 
 STAGING_BYTES = 64 << 20
-LANES = 4
+LANES = 2
 PIECES_MAX = 256
 PIECE_FIELDS = 4
 _HOST_BUFFERS_KEPT = 8

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from sglang_bridge.interpreter import insisting
+from sglang_bridge.interpreter import Insistence
 
 
 @pytest.fixture
@@ -18,30 +18,44 @@ def usual():
 
 
 def test_an_idle_thread_has_to_let_go_soon(usual):
-    with insisting(True):
+    with Insistence() as insistence:
+        assert sys.getswitchinterval() == usual
+        insistence.follow(True)
         assert sys.getswitchinterval() < usual / 10
 
 
 def test_a_busy_one_is_let_be(usual):
-    with insisting(False):
+    with Insistence() as insistence:
+        insistence.follow(False)
+        assert sys.getswitchinterval() == usual
+        insistence.follow(True)
+        insistence.follow(True)
+        insistence.follow(False)
         assert sys.getswitchinterval() == usual
 
 
 def test_an_error_puts_the_interval_back(usual):
-    with pytest.raises(KeyError), insisting(True):
-        raise KeyError
+    def fail():
+        with Insistence() as insistence:
+            insistence.follow(True)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
 
 
 def test_the_last_of_two_threads_puts_back_what_the_first_found(usual):
     began, end = threading.Event(), threading.Event()
 
     def insist():
-        with insisting(True):
+        with Insistence() as insistence:
+            insistence.follow(True)
             began.set()
             end.wait(10)
 
     other = threading.Thread(target=insist)
-    with insisting(True):
+    with Insistence() as insistence:
+        insistence.follow(True)
         other.start()
         assert began.wait(10)
     assert sys.getswitchinterval() < usual / 10, "the other thread still insists"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -501,6 +502,28 @@ def test_a_step_that_stays_pending_holds_up_sealing_only_so_long(make_bridge: Ma
         assert routes.tokens == 20
     with pytest.raises(shmroute.RouteTimeout):
         ShmRouteReader(pending, timeout=0)
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_from_record_to_record_the_sealer_insists_on_the_interpreter_while_the_engine_is_idle(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch, idle: bool
+) -> None:
+    """An end of it between two of them lets an idle scheduler thread have it for 5 ms."""
+    bridge, usual, between = make_bridge(), sys.getswitchinterval(), []
+    publisher = bridge.publisher
+    monkeypatch.setattr(HostGatherer, "idle", property(lambda _: idle))
+    go_on = publisher._let_the_scheduler_run
+
+    def noting() -> None:
+        between.append(sys.getswitchinterval())
+        go_on()
+
+    monkeypatch.setattr(publisher, "_let_the_scheduler_run", noting)
+    for number in range(5):
+        bridge.serve(f"{number}", 10)
+    assert bridge.settled()["sealed"] == 5
+    assert len(between) == 5
+    assert all((interval < usual / 10) is idle for interval in between)
 
 
 def test_stopping_seals_what_was_queued(make_bridge: Make) -> None:

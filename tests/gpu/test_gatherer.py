@@ -193,7 +193,7 @@ def test_requests_of_one_step_go_in_one_copy_each_lane(make_bridge: Make) -> Non
 
 
 def test_a_record_longer_than_a_lane_goes_in_pieces(make_bridge: Make) -> None:
-    bridge = make_bridge(staging=256 << 10)  # four lanes of 682 rows
+    bridge = make_bridge(staging=256 << 10)  # two lanes of 1365 rows
     served = [bridge.serve("short", 100), bridge.serve("long", 9000), bridge.serve("tail", 800)]
     bridge.flush()
     check(served)
@@ -409,7 +409,7 @@ def test_a_gather_waits_for_a_snapshot_that_comes_late(make_bridge: Make) -> Non
 
 
 def test_a_lane_is_not_filled_again_before_its_copy_is_done(make_bridge: Make) -> None:
-    bridge = make_bridge(staging=256 << 10)  # four lanes of 682 rows
+    bridge = make_bridge(staging=256 << 10)  # two lanes of 1365 rows
     served = [bridge.serve("long", 9000)]
     with torch.cuda.stream(bridge.gatherer._copy_stream):
         torch.cuda._sleep(200_000_000)
