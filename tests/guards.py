@@ -579,7 +579,7 @@ _BRIDGE = (
         "the sealer's wait for the copy",
         "a record is not sealed before its rows are in memory",
         "sglang_bridge/publisher.py",
-        "            gathered.wait()\n",
+        "                gathered.wait()\n",
         "",
         ("bridge/test_publisher.py::test_a_record_is_not_sealed_before_its_rows_are_there",),
     ),
@@ -731,8 +731,8 @@ _BRIDGE = (
         "a table that forgets with the KV cache",
         "after memory was given back no row passes for one that a forward wrote",
         "sglang_bridge/table.py",
-        "part.element_size())\n        self.tags.fill_(INVALID)",
-        "part.element_size())",
+        "        self.moves += 1\n        self.tags.fill_(INVALID)",
+        "        self.moves += 1",
         (
             "bridge/test_table.py::"
             "test_memory_that_is_taken_again_is_as_large_and_every_row_is_invalid",
