@@ -32,14 +32,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import inflight, views
+from . import inflight, kept_memory, views
 from .attached import AttachedArena
 from .layout import RouteLayout
 from .selection import Run
+from .side_by_side import sharing
 
 logger = logging.getLogger("shmroute")
 
@@ -156,7 +156,7 @@ def _memory(
     if out is not None:
         return out.view(-1).view(dtype).view(rows, width)
     if device.type == "cpu":
-        return _in_huge_pages(rows, width, dtype)
+        return _on_cpu(rows, width, dtype)
     return torch.empty((rows, width), dtype=dtype, device=device)
 
 
@@ -171,8 +171,10 @@ def _pack(
         with torch.cuda.device(packed.device.index):
             _gather(records, width, columns, packed)
         return
-    for _, source, to in _placed(records, width, _Heaps(packed.dtype)):
-        _copy(source, columns, _Block.of(packed, to, source.rows))
+    with sharing(packed.nbytes) as do:
+        for rows, source, to in _placed(records, width, _Heaps(packed.dtype)):
+            target = _Block.of(packed, to, source.rows)
+            do(functools.partial(_copy, source, columns, target, kept=rows))
 
 
 def _pack_and_widen(
@@ -185,12 +187,21 @@ def _pack_and_widen(
 ) -> None:
     """Fill a tensor of ids on the CPU."""
     at_once = max(1, _CACHED_BYTES // (_width(columns) * word.itemsize))
-    piece = torch.empty((min(at_once, len(widened)), _width(columns)), dtype=word)
-    for _, source, to in _placed(records, width, _Heaps(word)):
+    pieces: dict[int, torch.Tensor] = {}  # one for each thread
+
+    def widen(source: _Block, to: int, rows: Rows) -> None:
+        piece = pieces.get(threading.get_ident())
+        if piece is None:
+            piece = torch.empty((min(at_once, len(widened)), _width(columns)), dtype=word)
+            pieces[threading.get_ident()] = piece
         for first in range(0, source.rows, at_once):
             part = source.part(first, min(first + at_once, source.rows))
-            _copy(part, columns, _Block.of(piece, 0, part.rows))
+            _copy(part, columns, _Block.of(piece, 0, part.rows), kept=rows)
             _widen(piece[: part.rows], widened[to + first : to + first + part.rows], layout)
+
+    with sharing(widened.nbytes) as do:
+        for rows, source, to in _placed(records, width, _Heaps(word)):
+            do(functools.partial(widen, source, to, rows))
 
 
 class _Heaps(dict[AttachedArena, torch.Tensor]):
@@ -237,18 +248,21 @@ def _words_of(rows: npt.NDArray[Any], word: torch.dtype) -> torch.Tensor:
     return tensor.view(-1).view(word)
 
 
-def _in_huge_pages(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """``torch.empty`` on the CPU, but for page faults, which are half of the time of a batch.
-
-    NumPy asks the kernel for huge pages, as torch does when THP_MEM_ALLOC_ENABLE is set.
-    """
-    if not rows:  # from NumPy its strides would be 0, which ``view`` refuses
+def _on_cpu(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """``torch.empty`` on the CPU, but for page faults, which are half of the time of a batch."""
+    if not rows:  # of no bytes torch makes no view
         return torch.empty((0, width), dtype=dtype)
-    return torch.from_numpy(np.empty((rows, width), str(dtype).removeprefix("torch.")))
+    memory = torch.from_numpy(kept_memory.take(rows * width * dtype.itemsize))
+    return memory.view(dtype).view(rows, width)
 
 
-def _copy(source: _Block, columns: Sequence[Run], target: _Block) -> None:
-    """Copy columns of words; asynchronous where the two lie in memory that allows it."""
+def _copy(
+    source: _Block, columns: Sequence[Run], target: _Block, *, kept: Rows | None = None
+) -> None:
+    """Copy columns of words; asynchronous where the two lie in memory that allows it.
+
+    ``kept`` has the lease on the source, where this may come later.
+    """
     for to, first, end in columns:
         there = target.columns(to, to + end - first)
         there.copy_(source.columns(first, end), non_blocking=True)

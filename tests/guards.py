@@ -171,6 +171,22 @@ _WRITER = (
 
 _READER = (
     Guard(
+        "a batch's memory while somebody holds it",
+        "no other batch is read into it",
+        "shmroute/kept_memory.py",
+        "    weakref.finalize(lent, _free.append, piece).atexit = False",
+        "    _free.append(piece)",
+        ("store/test_kept_memory.py::test_while_anything_of_it_is_held_it_is_not_given",),
+    ),
+    Guard(
+        "the end of the other thread's copies",
+        "no row is copied after its lease has ended",
+        "shmroute/side_by_side.py",
+        "        helper.join()",
+        "        pass",
+        ("store/test_side_by_side.py::test_an_error_of_the_caller_s_gives_up_what_was_queued",),
+    ),
+    Guard(
         "the reader's lease",
         "rows do not change under whoever reads them",
         "shmroute/leases.py",

@@ -1,0 +1,131 @@
+"""Packing shared by two threads: everything is done or nothing goes on, and errors are told."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from actors import add
+
+from shmroute import RouteGone, RouteLayout, ShmRouteReader, read_batch, release
+from shmroute.attached import attach
+
+torch = pytest.importorskip("torch")
+
+from shmroute import side_by_side  # noqa: E402
+from shmroute.side_by_side import sharing  # noqa: E402
+
+ENOUGH = 1 << 30
+
+
+@pytest.fixture
+def one_thread_of_torch(monkeypatch):
+    """As ``torchrun`` starts a rank, on a machine with two cores or more."""
+    monkeypatch.setattr(side_by_side.os, "sched_getaffinity", lambda _: {0, 1})
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    assert not [each for each in threading.enumerate() if each.name == "shmroute-pack"]
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_both_threads_work_until_all_is_done():
+    ran = []
+    with sharing(ENOUGH) as do:
+        for number in range(50):
+            do(lambda number=number: ran.append((number, threading.get_ident(), time.sleep(1e-3))))
+    assert sorted(number for number, *_ in ran) == list(range(50))
+    assert len({thread for _, thread, _ in ran}) == 2
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_the_second_begins_while_the_first_still_opens():
+    done = threading.Event()
+    with sharing(ENOUGH) as do:
+        do(done.set)
+        assert done.wait(10)
+
+
+@pytest.mark.parametrize("why", ["small", "torch has threads", "one core"])
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_where_it_is_not_worth_it_the_caller_does_it_at_once(monkeypatch, why):
+    if why == "torch has threads":
+        torch.set_num_threads(2)
+    if why == "one core":
+        monkeypatch.setattr(side_by_side.os, "sched_getaffinity", lambda _: {0})
+    ran = []
+    with sharing(1000 if why == "small" else ENOUGH) as do:
+        do(lambda: ran.append(threading.get_ident()))
+        assert ran == [threading.get_ident()]
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_an_error_on_the_other_thread_is_raised_and_nothing_comes_after_it():
+    ran, failed = [], threading.Event()
+
+    def fail():
+        failed.set()
+        raise MemoryError("no copy")
+
+    def share():
+        with sharing(ENOUGH) as do:
+            do(fail)
+            assert failed.wait(10)
+            time.sleep(0.05)
+            do(lambda: ran.append(threading.current_thread().name))
+            time.sleep(0.05)
+
+    with pytest.raises(MemoryError, match="no copy"):
+        share()
+    assert "shmroute-pack" not in ran
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_an_error_of_the_caller_s_gives_up_what_was_queued():
+    started, go_on, ran = threading.Event(), threading.Event(), []
+
+    def share():
+        with sharing(ENOUGH) as do:
+            do(lambda: (started.set(), go_on.wait(10)))
+            assert started.wait(10)
+            for _ in range(5):
+                do(lambda: ran.append(1))
+            threading.Timer(0.1, go_on.set).start()
+            raise KeyError("the body's")
+
+    with pytest.raises(KeyError):
+        share()
+    assert go_on.is_set(), "it has waited for the task that ran"
+    assert ran == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int32, torch.int64])
+@pytest.mark.parametrize("layers", [None, slice(12, 24), [3, 40, 41]])
+@pytest.mark.parametrize("experts", [256, 512])
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_a_batch_is_the_same(make_arena, monkeypatch, dtype, layers, experts):
+    monkeypatch.setattr(side_by_side, "_WORTH_BYTES", 1)
+    arena = make_arena(RouteLayout(experts, 8, range(48)), capacity="16MiB")
+    tickets = [add(arena, f"{index}", tokens=900 + 7 * index).ticket for index in range(9)]
+    for _ in range(3):
+        rows = read_batch(tickets, layers=layers, dtype=dtype).rows
+        parts = rows.split([900 + 7 * index for index in range(9)])
+        for ticket, part in zip(tickets, parts, strict=True):
+            with ShmRouteReader(ticket) as routes:
+                expected = routes.numpy()[:, slice(None) if layers is None else layers]
+                np.testing.assert_array_equal(part.numpy(), expected)
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
+def test_an_error_half_way_leaves_no_lease(make_arena, monkeypatch):
+    monkeypatch.setattr(side_by_side, "_WORTH_BYTES", 1)
+    arena = make_arena(RouteLayout(256, 8, range(48)), capacity="16MiB")
+    tickets = [add(arena, f"{index}", tokens=500).ticket for index in range(8)]
+    release(tickets[-1])
+    with pytest.raises(RouteGone) as caught:
+        read_batch(tickets)
+    assert caught.value.__traceback__ is not None  # alive, with every frame of it
+    assert attach(arena.segment).leases.held() == 0
