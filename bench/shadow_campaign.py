@@ -159,7 +159,7 @@ CASES: dict[str, Case] = {
         faults=("late-gather",),
     ),
     "fault-no-fence": Case(
-        "the same without the scatter's wait for the gather",
+        "the same without the wait for the gather",
         _qwen,
         reuse,
         _TIGHT,

@@ -105,6 +105,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         self._decode_graphs: DecodeGraphs | None = None
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
+        self._warmed_up = True  # through the capture buffer, most likely
         self._num_tokens = num_tokens
         if _is_owner():
             self._own(settings, model, model_config, device)
@@ -216,19 +217,26 @@ class ArenaCapturer(RoutedExpertsCapturer):
         publisher = self.publisher
         if publisher is None:
             return
+        graphs = self._decode_graphs
+        # A prefill graph is told of with an earlier decode graph's batch.
+        decodes = graphs is not None and forward_batch.forward_mode.is_decode()
         try:
             publisher.flush()  # what an interrupted step left pending
         finally:
             # Whatever else goes wrong: a decode graph stores its routes by itself.
-            number = publisher.gatherer.forward_begins()
-        if self._decode_graphs is not None:
-            self._decode_graphs.before_forward(self.epochs.current)
+            number = publisher.gatherer.forward_begins(decodes)
+        if graphs is not None and graphs.before_forward(self.epochs.current):
+            self._warmed_up = True
+        if self._warmed_up:
+            # A layer that does not capture must not show what a warm-up left.
+            self._every_row.fill_(-1)
+            self._warmed_up = False
         tokens = forward_batch.input_ids
         # The second question looks at every request of the batch.
         if self._multimodal and forward_batch.contains_mm_inputs():
             tokens = tokens.clone()
         locations = _kv_locations(forward_batch)
-        self._entry = _Entry(number, tokens, forward_batch.positions, locations)
+        self._entry = _Entry(number, tokens, forward_batch.positions, locations, decodes)
 
     def on_forward_end(
         self,
@@ -260,13 +268,13 @@ class ArenaCapturer(RoutedExpertsCapturer):
             return native
         entry, self._entry = self._entry, None
         graphs = self._decode_graphs
-        stored = (
+        if (
             graphs is not None
             and can_run_graph
-            and forward_batch.forward_mode.is_decode()  # of prefill graphs the batch is not told
+            and entry is not None
+            and entry.decodes
             and graphs.has_stored(cuda_graph_batch)
-        )
-        if stored and entry is not None:
+        ):
             self.epochs.mark_used()
         else:
             self._scatter(self.publisher, captured, entry)
@@ -331,12 +339,16 @@ class ArenaCapturer(RoutedExpertsCapturer):
 
 
 class _Entry(NamedTuple):
-    """What a forward is about, read before the model ran; the tensors are unpadded."""
+    """What a forward is about, read before the model ran; the tensors are unpadded.
+
+    ``decodes``: it may run in a decode graph that stores its routes.
+    """
 
     number: int
     tokens: torch.Tensor
     positions: torch.Tensor
     locations: torch.Tensor
+    decodes: bool
 
 
 class ForwardMark:

@@ -22,6 +22,8 @@ that right:
     an address is there in time      the kernel reads addresses from device memory; they are put
                                      there before the first forward after the capture, not during
                                      it. A zero is no address, and nothing is read or written
+    no two layers share memory       a graph whose addresses overlap, or whose inputs are not where
+                                     they were when it warmed up, goes through the capture buffer
     the inputs are the step's        SGLang copies each step's ids, positions and locations into
                                      the graph's before it is replayed
     padding goes to location 0       a graph for more requests than there are runs on zeros behind
@@ -39,7 +41,9 @@ Only what one stream capture holds from the first MoE layer to the end is kept; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -77,6 +81,8 @@ class DecodeGraphs:
         self._told: tuple[int, int] | None = None
         self._kept: dict[int, torch.Tensor] = {}
         self._storing: dict[int, bool] = {}
+        self._runner: weakref.ref[Any] | None = None
+        self._warm: tuple[int, ...] = ()
 
     # -- while a graph is captured -----------------------------------------------------------
 
@@ -106,9 +112,9 @@ class DecodeGraphs:
             and ids.is_contiguous()
         )
 
-    def end_capture(self, _runner: Any, _output: Any, forward_batch: Any, tokens: int) -> None:
+    def end_capture(self, runner: Any, _output: Any, forward_batch: Any, tokens: int) -> None:
         """SGLang's hook at the end of a decode graph's forward: two times to warm up, then once
-        into the capture.
+        into the capture. Another runner's graphs replace all that there were.
 
         Raises
         ------
@@ -117,11 +123,10 @@ class DecodeGraphs:
             which it ran.
         """
         if not self._capturing():
-            if self._graphs < _GRAPHS_MAX:
-                self._store(forward_batch)  # from no addresses: for the compiler's sake
+            self._warm_up(runner, forward_batch)
             return
         kept, self._kept = self._kept, {}
-        stores = len(kept) == len(self._place) and all(len(ids) == tokens for ids in kept.values())
+        stores = self._can_store(kept, forward_batch, tokens)
         if self._storing.setdefault(tokens, stores) != stores:
             raise RuntimeError(
                 f"two decode graphs for {tokens} tokens, whose routers' outputs are not of one "
@@ -136,14 +141,37 @@ class DecodeGraphs:
         self._store(forward_batch)
         self._graphs += 1
 
+    def _warm_up(self, runner: Any, batch: Any) -> None:
+        if self._runner is None or self._runner() is not runner:
+            self._runner = weakref.ref(runner)
+            self._addresses.zero_()
+            self._graphs, self._there = 0, 0
+            self._storing.clear()
+        self._warm = _places(batch)
+        if self._graphs < _GRAPHS_MAX:
+            self._store(batch)  # from no addresses: for the compiler's sake
+
+    def _can_store(self, kept: dict[int, torch.Tensor], batch: Any, tokens: int) -> bool:
+        inputs = batch.input_ids, batch.positions, batch.out_cache_loc
+        return (
+            len(kept) == len(self._place)
+            and all(len(ids) == tokens for ids in kept.values())
+            and _apart(kept.values())
+            and all(len(one) == tokens for one in inputs)
+            and _places(batch) == self._warm
+        )
+
     def _store(self, batch: Any) -> None:
         addresses = self._addresses[self._graphs]
         self._scatter(addresses, batch.out_cache_loc, batch.input_ids, batch.positions)
 
     # -- at each forward ---------------------------------------------------------------------
 
-    def before_forward(self, epoch: int) -> None:
-        """On the forward's stream, before it: make known to the graphs what is new."""
+    def before_forward(self, epoch: int) -> bool:
+        """On the forward's stream, before it: make known to the graphs what is new.
+
+        Returns whether graphs are, which have warmed up through the capture buffer.
+        """
         now = epoch, self._table.moves
         if now != self._told:
             rows, tags = self._table.rows, self._table.tags
@@ -151,11 +179,25 @@ class DecodeGraphs:
             # Pageable, here and below: the call returns when the values have left, and is rare.
             self._scatter.state.copy_(torch.tensor(state, dtype=torch.int64))
             self._told = now
-        if self._there != self._graphs:
-            new = slice(self._there, self._graphs)
-            self._addresses[new].copy_(self._known[new])
-            self._there = self._graphs
+        if self._there == self._graphs:
+            return False
+        new = slice(self._there, self._graphs)
+        self._addresses[new].copy_(self._known[new])
+        self._there = self._graphs
+        return True
 
     def has_stored(self, tokens: int | None) -> bool:
         """Whether the replay of a decode graph for so many tokens stores its routes itself."""
         return tokens is not None and self._storing.get(tokens, False)
+
+
+def _places(batch: Any) -> tuple[int, ...]:
+    """Addresses of a decode batch's inputs."""
+    inputs = batch.input_ids, batch.positions, batch.out_cache_loc
+    return tuple(one.data_ptr() for one in inputs)
+
+
+def _apart(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no two tensors share memory."""
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors)
+    return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))

@@ -82,10 +82,11 @@ class Gatherer(Protocol):
     def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
         """Begin; ``hand_over`` is called with what is gathered, in order, and None at the end."""
 
-    def forward_begins(self) -> int:
+    def forward_begins(self, waits: bool = False) -> int:
         """On the forward's stream, before the model runs; returns the forward's number.
 
-        On a GPU the forward comes after every gather that was submitted.
+        ``waits``: its scatter may be inside it, so all of it comes after the gathers that were
+        submitted.
         """
 
     def result_processed(self, forward: int | None) -> None:

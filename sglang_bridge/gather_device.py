@@ -5,7 +5,8 @@ Flow, with what orders each step::
     gather stream   snapshot of a request's KV locations   after the writes of req_to_token
                     (or on the schedule stream, below)     that were asked for before it
                     rows and tags into a lane of staging   after the lane's last copy
-                    the next forward's scatter waits for this (``fence``)
+                    the next scatter waits for this (``fence``), and the whole of a forward
+                    that has its scatter inside (``forward_begins``)
     copy stream     lane -> page-locked arena, tags -> host buffer      after the gather
     sealer thread   waits for the copy's event, then reads the tags
 
@@ -15,12 +16,16 @@ processed (the scheduler waited for it), so the gather need not wait for it.
 
 The snapshot and the schedule stream
     SGLang rewrites the request's row of ``req_to_token`` right after the hook, on the schedule
-    stream. Where that stream is idle, the snapshots of a step are simply copies on it, in order
-    with everything. But under SGLang's overlap it can be held back behind the forward that was
-    launched meanwhile, for a prefill behind the whole of it (measured: 18 ms of a 20 ms
-    forward), and with it the gather and the response's rows. Then the snapshot is taken on the
-    gather stream: after that forward's beginning, which itself came after all writes asked for
+    stream. Where no forward is in flight, the snapshots of a step are simply copies on that
+    stream, in order with everything. But under SGLang's overlap it can be held back behind the
+    forward that was launched meanwhile, for a prefill behind the whole of it (measured: 18 ms of a
+    20 ms forward), and with it the gather and the response's rows. Then the snapshot is taken on
+    the gather stream: after that forward's beginning, which itself came after all writes asked for
     before, and the schedule stream waits for it before it rewrites the row.
+
+    Of a step's requests the first one's locations are copied alone. For those that follow all of
+    ``req_to_token`` is copied once, then and there: a row is rewritten by its own request's end
+    only, so theirs are still what they were.
 
 Until the arena is page-locked (``pinned``), and where that is refused, an asynchronous copy
 would make its caller wait: the sealer copies then, out of memory of the run's own.
@@ -167,24 +172,23 @@ class DeviceGatherer:
     def idle(self) -> bool:
         return self._begun == self._processed
 
-    def forward_begins(self) -> int:
-        """On the forward's stream, before the model; returns the forward's number.
-
-        The whole forward comes after the gathers, since a decode graph scatters by itself.
-        """
+    def forward_begins(self, waits: bool = False) -> int:
         stream = current_stream(self._index)
-        if self._unfenced:
+        if waits and self._unfenced:
             self._hold_back_scatters(stream)
         self._begin.record(stream)
         self._begun += 1
-        self._followed, self._whole = False, False  # the pool has been written to
+        self._new_step()  # the pool has been written to
         return self._begun
 
     def result_processed(self, forward: int | None) -> None:
         if forward is not None:
             self._processed = forward
+        self._new_step()
+
+    def _new_step(self) -> None:
+        """What was taken before is gathered from before it is overwritten."""
         self._ordered = False
-        # What was taken before is gathered from before it is overwritten.
         self._locations_used = 0
         self._followed, self._whole = False, False
 

@@ -57,7 +57,7 @@ class HostGatherer:
     def idle(self) -> bool:
         return self._begun == self._processed
 
-    def forward_begins(self) -> int:
+    def forward_begins(self, waits: bool = False) -> int:
         self._begun += 1
         return self._begun
 

@@ -157,7 +157,7 @@ def _graph_scatter_kernel(  # type: ignore[no-untyped-def]
     is 0 nothing is read or written.
     """
     rows_address, tags_address = tl.load(state), tl.load(state + 1)
-    if (tl.load(addresses) != 0) & (rows_address != 0):
+    if (tl.load(addresses) != 0) & (rows_address != 0) & (tags_address != 0):
         token = tl.program_id(0).to(tl.int64)
         layer = tl.arange(0, LAYERS_PADDED)
         choice = tl.arange(0, TOP_K_PADDED)

@@ -299,8 +299,8 @@ class Publisher:
                 insistence.follow(self.gatherer.idle)
                 gathered.wait()
                 for job in gathered.jobs:
-                    self._let_the_scheduler_run()
                     insistence.follow(self.gatherer.idle)
+                    self._let_the_scheduler_run()
                     try:
                         self._seal(job)
                     except Exception as error:

@@ -7,7 +7,7 @@ where that has no room, the rows in page-locked host memory that the device writ
 
 Order: a location's row may be rewritten as soon as SGLang has freed the location, so a
 forward's scatter waits until the gathers that were asked for before it have read their rows
-(``RouteTable.fence``).
+(``RouteTable.fence``; of a scatter inside a decode graph the forward waits as a whole).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class RouteTable:
     Attributes
     ----------
     fence
-        Called before every scatter: what follows on the calling thread's stream comes after
-        earlier gathers have read their rows. The gatherer of the table puts its own here.
+        Called by ``scatter``: what follows on the calling thread's stream comes after earlier
+        gathers have read their rows. The gatherer of the table puts its own here.
     moves
         How often the memory of rows and tags has gone or come: by then it may be elsewhere.
     """

@@ -22,7 +22,6 @@ _LATER_ARGUMENTS = {
     "enable_encoder_swa_bounded_replay": False,
     "enable_decoder_swa_bounded_replay": False,
     "enable_unified_cache_external_linker": False,
-    "enable_unified_memory": False,
 }
 
 
@@ -141,8 +140,9 @@ def decode_graphs_store_routes(arguments: Any) -> bool:
     """Whether a decode graph has, at its end, all that its routes are stored with.
 
     Not where a graph is cut into pieces, where a compiler plans the memory, where experts on the
-    CPU or on other ranks have ``topk_ids`` rewritten, and where a graph's KV locations are not
-    those of ``req_to_token``. ``arguments`` as resolved.
+    CPU or on other ranks have ``topk_ids`` rewritten, where a graph's KV locations are not those of
+    ``req_to_token``, and where a prefill graph is captured as a decode graph is (a whole one, with
+    LoRA), which ``captures_decode_graph`` cannot tell from one. ``arguments`` as resolved.
     """
     return bool(
         arguments.cuda_graph_config.decode.backend == "full"
@@ -150,13 +150,15 @@ def decode_graphs_store_routes(arguments: Any) -> bool:
         and arguments.kt_weight_path is None
         and arguments.ep_size == 1
         and not arguments.enable_unified_memory
+        and arguments.cuda_graph_config.prefill.backend != "full"
     )
 
 
 def captures_decode_graph() -> bool:
-    """Whether SGLang captures a decode graph on the calling thread's stream right now.
+    """Whether SGLang captures a decode graph on the calling thread's stream right now, where
+    ``decode_graphs_store_routes``.
 
-    Its prefill graphs are cut into pieces, and their memory may be a compiler's.
+    Prefill graphs are not captured in this mode, but for whole ones with LoRA.
     """
     import torch
     from sglang.srt.model_executor.runner_utils import capture_mode

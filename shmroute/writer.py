@@ -224,8 +224,9 @@ class RecordWriter:
             if offset is None:
                 return records
             end = offset + size
+            slots: list[int] = []
             try:
-                slots = self._take_slots(len(plans))
+                self._take_slots(len(plans), slots)
                 for want, plan, slot in zip(wanted, plans, slots, strict=False):
                     rid, nbytes = want.rid, plan.total_bytes
                     records.append(
@@ -245,6 +246,9 @@ class RecordWriter:
             finally:
                 if offset < end:
                     self._allocator.free(offset, end - offset)
+                for slot in slots[len(records) :]:
+                    self._leases.release(slot)
+                    self._free_slots.append(slot)
                 self.counters.add("reserved", len(records))
                 self._publish_usage()
         return records
@@ -337,14 +341,11 @@ class RecordWriter:
             self._free_slots.rotate(-1)
         return None
 
-    def _take_slots(self, count: int) -> list[int]:
-        """So many free slots under their leases, or as many as there are."""
-        slots: list[int] = []
+    def _take_slots(self, count: int, slots: list[int]) -> None:
+        """Put so many free slots under their leases, or as many as there are, into ``slots``."""
         try:
             while len(slots) < count:
-                run = self._neighbours(count - len(slots))
-                if run > 1 and self._leases.try_acquire_run(self._free_slots[0], run):
-                    slots.extend([self._free_slots.popleft() for _ in range(run)])
+                if self._take_run(count - len(slots), slots):
                     continue
                 slot = self._free_slot()
                 if slot is None:
@@ -352,7 +353,18 @@ class RecordWriter:
                 slots.append(slot)
         except LeaseUnavailable:
             pass  # ``reserve`` says it, if it is still so then
-        return slots
+
+    def _take_run(self, most: int, slots: list[int]) -> bool:
+        """The same for free slots that are neighbours, with one call for their leases; of a run
+        with a slot that a late reader looks at, what is before that.
+        """
+        run = self._neighbours(most)
+        while run > 1:
+            if self._leases.try_acquire_run(self._free_slots[0], run):
+                slots.extend([self._free_slots.popleft() for _ in range(run)])
+                return True
+            run //= 2
+        return False
 
     def _neighbours(self, most: int) -> int:
         """How many of the next free slots follow each other in one lease file."""

@@ -55,8 +55,8 @@ _WRITER = (
         "the writer's leases on the slots of a step",
         "as for one record",
         "shmroute/writer.py",
-        "if run > 1 and self._leases.try_acquire_run(self._free_slots[0], run):",
-        "if run > 1:",
+        "if self._leases.try_acquire_run(self._free_slots[0], run):",
+        "if True:",
         (
             "bridge/test_reserving_together.py::"
             "test_each_has_its_slot_s_lease_also_over_the_end_of_a_lease_file",
@@ -839,7 +839,7 @@ _GPU = (
         "a copy of the pool for one step",
         "a request's locations are those at its own end",
         "sglang_bridge/gather_device.py",
-        "        self._followed, self._whole = False, False  # the pool has been written to",
+        "        self._new_step()  # the pool has been written to",
         "        pass",
         ("gpu/test_gatherer.py::test_a_copy_of_the_pool_is_of_its_step_only",),
         gpu=True,

@@ -111,13 +111,17 @@ def test_the_gather_kernel_takes_several_pieces_to_their_places(top_k: int) -> N
 ROUTES = RouteLayout(9, 3, [1, 2, 4], num_layers=6)
 
 
+class Runner:
+    """Stands for SGLang's, by which graphs are told from those of an earlier one."""
+
+
 class Captured:
     """Decode graphs that "are captured" while ``on``; interpreted, a launch runs at once."""
 
     def __init__(self, columns: int = 3) -> None:
         self.table = RouteTable(ROUTES, 50, "cpu", vocabulary=VOCABULARY)
         self.buffer = torch.full((40, 6, columns), -1, dtype=torch.int32)
-        self.on = True
+        self.on, self.runner = True, Runner()
         self.graphs = DecodeGraphs(self.table, self.buffer, lambda: self.on)
         self.forwards = Forwards(self.table)
 
@@ -135,10 +139,17 @@ class Captured:
         shared = torch.full((tokens, extra), ROUTES.num_experts, dtype=torch.int32)
         return {layer: torch.cat((routes[:, layer], shared), dim=1) for layer in ROUTES.layer_ids}
 
-    def capture(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor]) -> list[bool]:
+    def run(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor]) -> list[bool]:
+        """A forward: to warm up, or into a capture."""
         kept = [self.graphs.keep(layer, ids) for layer, ids in layers.items()]
-        self.graphs.end_capture(None, None, batch, len(batch.input_ids))
+        self.graphs.end_capture(self.runner, None, batch, len(batch.input_ids))
         return kept
+
+    def capture(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor]) -> list[bool]:
+        self.on = False
+        assert not any(self.run(batch, layers))
+        self.on = True
+        return self.run(batch, layers)
 
     def replay(self, graph: int, batch: SimpleNamespace, epoch: int = 0) -> None:
         self.graphs.before_forward(epoch)
@@ -211,6 +222,46 @@ def test_two_graphs_for_as_many_tokens_must_both_store() -> None:
         made.capture(batch, {1: layers[1], 2: layers[2]})
 
 
+@pytest.mark.parametrize("what", ["memory", "length", "inputs"])
+def test_a_graph_that_cannot_be_trusted_leaves_its_routes_in_the_buffer(what: str) -> None:
+    """Layers share memory, locations are not one a token, inputs are not where they were."""
+    made = Captured()
+    batch, layers = made.batch(6), made.layers(6)
+    if what == "memory":
+        both = torch.cat((layers[1], layers[2]))
+        layers[1], layers[2] = both[:6], both[5:11]
+    if what == "length":
+        batch.out_cache_loc = batch.out_cache_loc[:5]
+    made.on = False
+    made.run(batch, layers)
+    if what == "inputs":
+        batch.positions = batch.positions.clone()
+    made.on = True
+    assert made.run(batch, layers) == [True] * 3
+    assert not made.graphs.has_stored(6)
+    for layer, ids in layers.items():
+        np.testing.assert_array_equal(made.buffer[:6, layer], ids)
+
+
+def test_graphs_that_are_captured_again_replace_all_that_there_were() -> None:
+    """As after an update of weights; in the end there is room for no more."""
+    made = Captured()
+    for turn in range(3):
+        made.runner = Runner()
+        batch, layers = made.batch(5), made.layers(5)
+        made.capture(batch, layers)
+        assert made.graphs._graphs == 1
+        assert made.graphs.before_forward(0)
+        assert not made.graphs.before_forward(0)
+        made.replay(0, batch, epoch=turn)
+        made.check(batch, layers, turn)
+    made.runner = Runner()
+    made.on = False
+    made.run(batch, layers)
+    assert not made.graphs.has_stored(5)
+    assert (made.graphs._addresses == 0).all(), "a replay of the old ones would read nothing"
+
+
 def test_a_capture_that_was_given_up_leaves_nothing_to_the_next() -> None:
     made = Captured()
     batch, layers = made.batch(5), made.layers(5)
@@ -226,7 +277,7 @@ def test_nothing_is_kept_or_stored_while_a_forward_warms_up() -> None:
     batch, layers = made.batch(5), made.layers(5)
     made.on = False
     made.graphs.before_forward(0)
-    assert made.capture(batch, layers) == [False] * 3
+    assert made.run(batch, layers) == [False] * 3
     assert not made.graphs.has_stored(5)
     assert (made.table.tags < 0).all()
 

@@ -28,7 +28,7 @@ class CountingGatherer(HostGatherer):
         self.begun = 0
         self.processed: list[int | None] = []
 
-    def forward_begins(self) -> int:
+    def forward_begins(self, waits: bool = False) -> int:
         self.begun += 1
         return self.begun
 
@@ -120,9 +120,11 @@ class StoringGraphs:
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
+        self.captured = False
 
-    def before_forward(self, epoch: int) -> None:
+    def before_forward(self, epoch: int) -> bool:
         self.epochs.append(epoch)
+        return self.captured
 
     def has_stored(self, tokens: int | None) -> bool:
         return tokens == 4
@@ -173,6 +175,39 @@ def test_rows_of_a_decode_graph_whose_beginning_was_not_seen_are_missing(
     assert int((engine.table.tags >= 0).sum()) == 4
     engine.capturer.end_forward(batch, engine.captured(4), graph=4)
     assert (engine.table.tags < 0).all()
+
+
+@pytest.mark.parametrize("what", ["the first forward", "new graphs"])
+def test_what_warm_ups_left_in_the_capture_buffer_is_gone_before_a_forward(
+    engine: Engine, graphs: StoringGraphs, what: str
+) -> None:
+    """A layer that does not capture would show it."""
+    capturer = engine.capturer
+    capturer._every_row = left = engine.captured(4)
+    capturer._warmed_up = what == "the first forward"
+    graphs.captured = what == "new graphs"
+    capturer.on_forward_begin(engine.batch(4))
+    assert (left == -1).all()
+    capturer._every_row = left = engine.captured(4)
+    graphs.captured = False
+    capturer.on_forward_begin(engine.batch(4))
+    assert (left >= 0).any()
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_a_forward_that_may_scatter_inside_a_graph_waits_for_the_gathers(
+    engine: Engine, graphs: StoringGraphs, monkeypatch: pytest.MonkeyPatch, decodes: bool
+) -> None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    waits = []
+    monkeypatch.setattr(engine.gatherer, "forward_begins", lambda wait: waits.append(wait) or 1)
+    batch = engine.batch(4)
+    batch.forward_mode = ForwardMode.DECODE if decodes else ForwardMode.EXTEND
+    engine.capturer.on_forward_begin(batch)
+    engine.capturer._decode_graphs = None
+    engine.capturer.on_forward_begin(batch)
+    assert waits == [decodes, False]
 
 
 def test_a_forward_begins_behind_the_gathers_whatever_fails(

@@ -130,6 +130,52 @@ def test_a_slot_that_a_late_reader_looks_at_is_left_out(
     assert leased(arena) == {record.slot for record in records}
 
 
+def test_neighbours_of_such_a_slot_are_still_taken_together(
+    arena_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with shmroute.Arena.create(arena_name, ROUTES, capacity="1MiB", slots=256) as arena:
+        looking = SharedLeases(arena.segment.lease_file)
+        assert looking.try_acquire(100)
+        asked = []
+        take = arena.writer._leases.try_acquire_run
+        monkeypatch.setattr(
+            arena.writer._leases,
+            "try_acquire_run",
+            lambda slot, count: asked.append((slot, count)) or take(slot, count),
+        )
+        records = arena.writer.reserve_together([Asked(f"{i}", 5) for i in range(200)])
+        assert {record.slot for record in records} == set(range(201)) - {100}
+        assert len(asked) < 40
+        looking.drop([100])
+        assert leased(arena) == {record.slot for record in records}
+
+
+@pytest.mark.parametrize("what", ["slots", "records"])
+def test_an_error_in_between_loses_neither_slots_nor_space(
+    arena: shmroute.Arena, writer: RecordWriter, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    owner, name, granted = {
+        "slots": (writer._leases, "try_acquire_run", 1),
+        "records": (writer, "_begin", 2),
+    }[what]
+    ours, calls = getattr(owner, name), []
+
+    def failing(*arguments: int) -> int:
+        calls.append(arguments)
+        if len(calls) > granted:
+            raise OSError("as if it were")
+        return int(ours(*arguments))
+
+    writer._free_slots = deque([0, 1, 4, 5, 2, 3, 6, 7])
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(OSError, match="as if it were"):
+            writer.reserve_together([Asked(f"{i}", 5) for i in range(6)])
+    begun = granted if what == "records" else 0
+    assert len(leased(arena)) == begun
+    assert len(set(writer._free_slots)) == len(writer._free_slots) == 8 - begun
+
+
 def refusing_after(leases: ExclusiveLeases, granted: int, name: str) -> Callable[..., bool]:
     """A way of ``leases`` that the kernel refuses after so many times."""
     take, taken = getattr(leases, name), []

@@ -30,7 +30,7 @@ class Model:
         self.buffer = torch.full((64, 7, ROUTES.top_k), -1, dtype=torch.int32, device=DEVICE)
         capturing = torch.cuda.is_current_stream_capturing
         self.graphs = DecodeGraphs(self.table, self.buffer, capturing)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.runner = torch.cuda.graph_pool_handle(), SimpleNamespace()
         self.kept: list[bool] = []
 
     def choices(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Model:
             del ids
             # What comes next in the pool: of the same size, and full of something else.
             torch.full((len(hidden), ROUTES.top_k), 77, dtype=torch.int32, device=DEVICE)
-        self.graphs.end_capture(None, None, given, len(hidden))
+        self.graphs.end_capture(self.runner, None, given, len(hidden))
 
     def inputs(self, tokens: int) -> SimpleNamespace:
         return SimpleNamespace(

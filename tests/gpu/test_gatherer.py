@@ -243,7 +243,7 @@ def reused_at_once(bridge: Bridge, steps: int = 40) -> int:
         with torch.cuda.stream(bridge.gatherer._gather_stream):
             torch.cuda._sleep(3_000_000)  # the gather comes late
         bridge.flush()
-        bridge.gatherer.forward_begins()
+        bridge.gatherer.forward_begins(True)
         bridge.table.scatter(device[(step + 1) % 4].clone(), where, words, positions, 0)
         with ShmRouteReader(ticket) as read:
             expected = bridge.forwards.rows(routes[step % 4])
@@ -256,7 +256,7 @@ def test_locations_that_are_rewritten_at_once_never_reach_a_record(
     make_bridge: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a scatter that waits itself."""
-    monkeypatch.setattr(DeviceGatherer, "forward_begins", lambda _: 1)
+    monkeypatch.setattr(DeviceGatherer, "forward_begins", lambda *_: 1)
     assert reused_at_once(make_bridge()) == 0
 
 

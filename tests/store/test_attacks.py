@@ -44,18 +44,22 @@ def victim(fork_server: ForkServer) -> Iterator[Victims]:
 def is_answered(victim: Victims) -> Callable[..., None]:
     """The victim opens a source and gets what the attack must get."""
 
-    def is_answered(attack: Attack, source: Any) -> None:
-        said = victim.do("open", source=source)
+    def is_answered(attack: Attack, source: Any, arena: str | None = None) -> None:
+        said = victim.do("open", source=source, arena=arena)
         assert said["error"] == attack.gets, said["says"]
         assert re.search(attack.says, said["says"], re.DOTALL), said["says"]
 
     return is_answered
 
 
+def arena_of_tickets() -> str:
+    return f"t{os.getpid()}-attacks"
+
+
 @pytest.fixture(scope="module")
 def envelopes() -> Iterator[tuple[bytes, bytes]]:
     """The ticket of a record, and an inline envelope, as they should be."""
-    name = f"t{os.getpid()}-attacks"
+    name = arena_of_tickets()
     with Arena.create(name, LAYOUT, capacity="256KiB", slots=16) as arena:
         yield add(arena, "rid").ticket, arena.inline("inline", pattern("inline", 0, 3))
         release("rid", arena=name)
@@ -63,7 +67,10 @@ def envelopes() -> Iterator[tuple[bytes, bytes]]:
 
 @pytest.mark.parametrize("attack", corpus("tickets"))
 def test_a_ticket(attack, envelopes, is_answered):
-    is_answered(attack, source(attack.facts, *envelopes))
+    # A rid by itself is looked for in every arena of the machine, and some programs' may be larger
+    # than a victim may map.
+    arena = arena_of_tickets() if attack.gets == "RouteNotFound" else None
+    is_answered(attack, source(attack.facts, *envelopes), arena)
 
 
 @pytest.mark.parametrize("attack", corpus("headers"))
