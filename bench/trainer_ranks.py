@@ -24,6 +24,7 @@ from piped_processes import CONTEXT, PipedProcesses
 from route_chains import LAYERS, SGLANG, TOP_K
 
 import shmroute
+from shmroute import kept_memory
 
 Way = Literal[
     "native",
@@ -225,6 +226,7 @@ def _serve(parent: Connection, together: Barrier, batch: Batch) -> None:
 def _read(way: Way, together: Barrier, batch: Batch, afresh: bool) -> Reading:
     def give_back() -> None:
         if afresh:
+            kept_memory.forget()
             _LIBC.malloc_trim(0)
 
     give_back()

@@ -42,6 +42,11 @@ def take(nbytes: int) -> npt.NDArray[np.uint8]:
     return lent
 
 
+def forget() -> None:
+    """Let the piece go that waits for the next result."""
+    _free.clear()
+
+
 def _fitting(nbytes: int) -> npt.NDArray[np.uint8]:
     try:
         piece = _free.pop()

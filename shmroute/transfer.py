@@ -49,7 +49,14 @@ Rows = views.LeasedRows | npt.NDArray[Any]
 _PIECE_BYTES = 8 << 20
 # What the second-level cache of a core holds, and long beside what a call of torch takes.
 _CACHED_BYTES = 1 << 20
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# The widest is two doubles, which torch copies as it copies all words: bit by bit.
+_WORDS = {
+    16: torch.complex128,
+    8: torch.int64,
+    4: torch.int32,
+    2: torch.int16,
+    1: torch.uint8,
+}
 
 
 def pack(
@@ -92,7 +99,10 @@ def pack(
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    word, width, columns = _in_words(tuple(layers), layout, 8 if out is None else _alignment(out))
+    widest = 16 if device.type == "cpu" else 8
+    if out is not None:
+        widest = _alignment(out, widest)
+    word, width, columns = _in_words(tuple(layers), layout, widest)
     shape = rows, _width(layers), layout.top_k
     if dtype is None:
         packed = _memory(out, rows, _width(columns), word, device)
@@ -282,9 +292,9 @@ def _in_words(
     return _WORDS[size], layout.row_bytes // size, columns
 
 
-def _alignment(memory: torch.Tensor) -> int:
-    """The widest word, in bytes, that a tensor can be seen in."""
-    return math.gcd(8, memory.data_ptr(), memory.storage_offset() * memory.element_size())
+def _alignment(memory: torch.Tensor, widest: int) -> int:
+    """The widest word, up to so many bytes, that a tensor can be seen in."""
+    return math.gcd(widest, memory.data_ptr(), memory.storage_offset() * memory.element_size())
 
 
 def _width(runs: Sequence[Run]) -> int:

@@ -134,6 +134,17 @@ def test_wide_ids_as_stored_are_uint16(make_arena):
     assert np.array_equal(batch.rows.numpy(), record.rows)
 
 
+@pytest.mark.parametrize("pattern", [(1, 0, 0, 0, 0, 0, 0xF0, 0x7F), (0, 0, 0, 0, 0, 0, 0, 0x80)])
+def test_bytes_that_are_no_numbers_to_a_float_stay_what_they_are(make_arena, pattern):
+    """Words of 16 bytes are doubles to torch: a signalling NaN, a negative zero."""
+    arena = make_arena(RouteLayout(256, 8, range(6)))
+    with arena.reserve("odd", tokens=50) as record:
+        record.rows[...] = np.array(pattern, dtype=np.uint8)
+    for layers in (None, slice(2, 4), [1]):
+        rows = read_batch(record.ticket, layers=layers).rows
+        assert (rows.numpy() == np.array(pattern, dtype=np.uint8)).all()
+
+
 def test_a_batch_is_writable_and_a_copy(records, tickets):
     batch = read_batch(tickets)
     batch.rows.fill_(9)

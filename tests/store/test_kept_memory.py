@@ -23,9 +23,9 @@ LAYOUT = RouteLayout(256, 8, range(48))
 @pytest.fixture(autouse=True)
 def nothing_kept():
     gc.collect()
-    kept_memory._free.clear()
+    kept_memory.forget()
     yield
-    kept_memory._free.clear()
+    kept_memory.forget()
 
 
 def address(array) -> int:
@@ -94,7 +94,7 @@ def test_a_process_keeps_one_piece_and_no_small_one():
     del pieces
     assert len(kept_memory._free) == 1
     assert address(kept_memory._free[0]) in known
-    kept_memory._free.clear()
+    kept_memory.forget()
     kept_memory.take(1000)
     assert not kept_memory._free
 
