@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3MoeConfig,
@@ -151,6 +153,26 @@ def deepseek_v3(
         },
     )
     return _save(Path(path), DeepseekV3ForCausalLM, config, seed)
+
+
+def mixtral(
+    path: Path | str,
+    *,
+    num_experts: int = 8,
+    top_k: int = 2,
+    layers: int = 3,
+    hidden: int = 128,
+    vocab: int = 1024,
+    seed: int = 0,
+) -> Path:
+    """Write a Mixtral checkpoint (every layer is MoE) and return its folder."""
+    config = MixtralConfig(
+        **_common(hidden, layers, vocab),
+        num_key_value_heads=2,
+        num_local_experts=num_experts,
+        num_experts_per_tok=top_k,
+    )
+    return _save(Path(path), MixtralForCausalLM, config, seed)
 
 
 def _common(hidden: int, layers: int, vocab: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from engines import Engines
-from small_models import deepseek_v3, qwen3_moe
+from small_models import deepseek_v3, mixtral, qwen3_moe
 
 import shmroute
 
@@ -24,6 +24,7 @@ CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "qwen3-256": partial(qwen3_moe, num_experts=256, top_k=8),
     "qwen3-512": partial(qwen3_moe, num_experts=512, top_k=8),
     "deepseek-v3": deepseek_v3,
+    "mixtral": mixtral,
 }
 
 
