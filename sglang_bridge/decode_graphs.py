@@ -22,8 +22,8 @@ that right:
     an address is there in time      the kernel reads addresses from device memory; they are put
                                      there before the first forward after the capture, not during
                                      it. A zero is no address, and nothing is read or written
-    no two layers share memory       a graph whose addresses overlap, or whose inputs are not where
-                                     they were when it warmed up, goes through the capture buffer
+    no two layers share memory       SGLang does not start where they do: by the graph's end only
+                                     the last one's routes are there
     the inputs are the step's        SGLang copies each step's ids, positions and locations into
                                      the graph's before it is replayed
     padding goes to location 0       a graph for more requests than there are runs on zeros behind
@@ -119,13 +119,18 @@ class DecodeGraphs:
         Raises
         ------
         RuntimeError
-            Of two graphs for as many tokens only one stores its routes: a step cannot be told by
-            which it ran.
+            Two layers' routers share memory. Or, of two graphs for as many tokens only one stores
+            its routes: a step cannot be told by which it ran. SGLang does not start then.
         """
         if not self._capturing():
             self._warm_up(runner, forward_batch)
             return
         kept, self._kept = self._kept, {}
+        if not _apart(kept.values()):
+            raise RuntimeError(
+                "two layers' routers write to the same memory in a decode graph, from which the "
+                "routes of both cannot be read: start with --disable-cuda-graph"
+            )
         stores = self._can_store(kept, forward_batch, tokens)
         if self._storing.setdefault(tokens, stores) != stores:
             raise RuntimeError(
@@ -156,7 +161,6 @@ class DecodeGraphs:
         return (
             len(kept) == len(self._place)
             and all(len(ids) == tokens for ids in kept.values())
-            and _apart(kept.values())
             and all(len(one) == tokens for one in inputs)
             and _places(batch) == self._warm
         )
