@@ -6,8 +6,8 @@ Problem
     the same time these take longer than the copies.
 
 Approach
-    One piece is kept in a process: the last that came back. A result is a view of its piece; when
-    the last tensor, array or slice that was made of it is gone, the piece comes back.
+    One piece is kept in a process: the last that came back. A result is a tensor over its piece;
+    when the last tensor, array or slice that was made of it is gone, the piece comes back.
 
 A piece serves a result that fills at least half of it. Nothing of this needs a lock: pieces come
 back in finalisers, which may run at any moment in any thread, also in the middle of ``take``.
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 # What is smaller malloc keeps by itself.
 _LEAST_BYTES = 1 << 20
@@ -29,17 +30,19 @@ _free: deque[npt.NDArray[np.uint8]] = deque(maxlen=1)
 
 
 class _Lent(np.ndarray[Any, np.dtype[np.uint8]]):
-    """A piece while somebody holds it; unlike its views, it can be told when that ends."""
+    """A piece while somebody holds it. Only the tensor does: NumPy's views of it would hold the
+    piece itself, past it.
+    """
 
 
-def take(nbytes: int) -> npt.NDArray[np.uint8]:
+def take(nbytes: int) -> torch.Tensor:
     """``uint8 [nbytes]``, in huge pages where the kernel has some, with anything in it."""
     if nbytes < _LEAST_BYTES:
-        return np.empty(nbytes, dtype=np.uint8)
+        return torch.from_numpy(np.empty(nbytes, dtype=np.uint8))
     piece = _fitting(nbytes)
     lent = piece[:nbytes].view(_Lent)
     weakref.finalize(lent, _free.append, piece).atexit = False
-    return lent
+    return torch.from_numpy(lent)
 
 
 def forget() -> None:
