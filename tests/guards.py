@@ -182,8 +182,8 @@ _READER = (
         "the end of the other thread's copies",
         "no row is copied after its lease has ended",
         "shmroute/side_by_side.py",
-        "        helper.join()",
-        "        pass",
+        "                    error = self._wait()",
+        "                    error = None",
         ("store/test_side_by_side.py::test_an_error_of_the_caller_s_gives_up_what_was_queued",),
     ),
     Guard(

@@ -150,9 +150,9 @@ class Traffic:
             yield self._chunks(response)
 
     def _chunks(self, response: httpx.Response) -> Iterator[dict[str, Any]]:
-        for line in response.iter_lines():
-            data = line.removeprefix("data: ")
-            if data and data != "[DONE]":
+        for line in _lines(response):
+            data = line.strip().removeprefix(b"data: ")
+            if data and data != b"[DONE]":
                 chunk: dict[str, Any] = json.loads(data)
                 self._keep_tickets(chunk)
                 yield chunk
@@ -259,6 +259,15 @@ def native_request(
     if rid is not None:
         body["rid"] = rid
     return body
+
+
+def _lines(response: httpx.Response) -> Iterator[bytes]:
+    """Between line feeds only: a text may have other characters that end a line, unescaped."""
+    rest = b""
+    for part in response.iter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        yield from lines
+    yield rest
 
 
 class EveryConfiguration:
