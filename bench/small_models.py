@@ -155,28 +155,19 @@ def deepseek_v3(
     return _save(Path(path), DeepseekV3ForCausalLM, config, seed)
 
 
-def mixtral(
-    path: Path | str,
-    *,
-    num_experts: int = 8,
-    top_k: int = 2,
-    layers: int = 3,
-    hidden: int = 128,
-    vocab: int = 1024,
-    seed: int = 0,
-) -> Path:
-    """Write a Mixtral checkpoint (every layer is MoE) and return its folder."""
+def mixtral(path: Path | str) -> Path:
+    """Write a Mixtral checkpoint (3 layers, top-2 of 8 experts in each) and return its folder."""
     config = MixtralConfig(
-        **_common(hidden, layers, vocab),
+        **_common(hidden=128, layers=3, vocab=1024),
         num_key_value_heads=2,
-        num_local_experts=num_experts,
-        num_experts_per_tok=top_k,
+        num_local_experts=8,
+        num_experts_per_tok=2,
     )
-    return _save(Path(path), MixtralForCausalLM, config, seed)
+    return _save(Path(path), MixtralForCausalLM, config, seed=0)
 
 
 def _common(hidden: int, layers: int, vocab: int) -> dict[str, Any]:
-    """Settings that both architectures share."""
+    """Settings that all architectures share."""
     return {
         "vocab_size": vocab,
         "hidden_size": hidden,

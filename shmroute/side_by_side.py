@@ -56,9 +56,12 @@ def sharing(nbytes: int) -> Iterator[Callable[[Task], None]]:
     RuntimeError
         In a child that was forked in between: not everything was done there.
     """
+    if not _is_worth_it(nbytes):
+        yield _run
+        return
     helper = _Helper()
     try:
-        if not _is_worth_it(nbytes) or not helper.start():
+        if not helper.start():
             yield _run
             return
         yield helper.tasks.put
