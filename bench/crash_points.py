@@ -175,7 +175,13 @@ _READ = [
     *_around("reader", "attach map", "mmap:mmap", _OPEN, most=2),
     *_after("reader", "attach whole", _OPEN, most=1),
     *_around("reader", "open 1 find", "shmroute.opening:candidates"),
-    *_around("reader", "lease 2 file", "shmroute.leases:open_lease_file", f"{_SHARED}._lock_slot"),
+    *_around(
+        "reader",
+        "lease 2 file",
+        "shmroute.leases:open_lease_file",
+        f"{_SHARED}._lock_slot",
+        most=1,  # it stays open
+    ),
     *_around("reader", "lease 2 lock", "shmroute.leases:_set_lock", f"{_SHARED}._lock_slot"),
     *_around("reader", "lease 2 count", f"{_SHARED}.try_acquire"),
     *_around("reader", "open 3 word", LOAD_WORD, _SLOT),
@@ -186,7 +192,7 @@ _READ = [
     *_around("reader", "release store", STORE_RELEASE, most=10),
     *_around("reader", "drop lease", f"{_SHARED}.drop"),
     *_around("reader", "drop unlock", f"{_SHARED}._unlock"),
-    *_around("reader", "drop close", f"{_SHARED}._close"),
+    *_around("reader", "drop rest", f"{_SHARED}._rest"),
 ]
 
 POINTS: tuple[Point, ...] = (*_RECORDS, *_RECLAIM, *_CREATE, *_REAP_POINTS, *_READ)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import os
+from pathlib import Path
 
 import pytest
 from actors import add, is_intact
 
-from shmroute import LeaseUnavailable, ShmRouteReader, reap, release
-from shmroute.attached import attach
+from shmroute import LeaseUnavailable, RouteGone, ShmRouteReader, reap, release
+from shmroute.attached import attach, attach_all
+from shmroute.segments import SHM_DIR
 
 # Tries something with 0, 1, 2, ... descriptors left until it succeeds, and tells of each try.
 COUNTING_UP = """
@@ -154,20 +155,20 @@ def test_a_release_that_lacks_a_descriptor_releases_nothing_and_can_be_tried_aga
 
 
 def test_a_reader_that_lacks_a_descriptor_for_the_lease_can_try_again(arena, actor, text):
-    tickets = [text(add(arena, f"rid-{index}").ticket) for index in range(2)]
     code = (
         COUNTING_UP
         + """
-    ShmRouteReader(TICKETS[0]).close()
+    from shmroute.attached import attach_all
+    attach_all(NAME)
     try:
         with descriptors_left(0):
-            ShmRouteReader(TICKETS[1])
+            ShmRouteReader(TICKET)
     except LeaseUnavailable as error:
         said = str(error)
-    say(error=said, intact=is_intact(ShmRouteReader(TICKETS[1])))
+    say(error=said, intact=is_intact(ShmRouteReader(TICKET)))
     """
     )
-    said = actor(code, TICKETS=tickets).hear()
+    said = actor(code, TICKET=text(add(arena, "r").ticket)).hear()
     assert "raise the limit (ulimit -n)" in said["error"]
     assert said["intact"]
 
@@ -193,16 +194,47 @@ def test_views_without_descriptors_are_read_and_given_back(arena, actor, text):
     assert arena.writer.reclaim() == 2
 
 
-def test_lease_files_are_closed_when_idle(make_arena):
+def lease_files_open(arena):
+    """How many this process has, as reader and as writer."""
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    first = f"{SHM_DIR}/{arena.segment.base}.L"
+    return sum(os.readlink(link).startswith(first) for link in links if link.is_symlink())
+
+
+def test_lease_files_are_closed_when_idle_but_for_the_last(make_arena):
     arena = make_arena(slots=1024)
     records = [add(arena, f"rid-{index}", tokens=1) for index in range(1024)]
-    ShmRouteReader(records[0].ticket).close()  # maps this arena and forgets removed ones
-    gc.collect()  # and their descriptors go
-    before = len(os.listdir("/proc/self/fd"))
+    of_writer = lease_files_open(arena)
     held = [ShmRouteReader(record.ticket) for record in records]
-    assert len(os.listdir("/proc/self/fd")) == before + 4  # four lease files
+    assert lease_files_open(arena) == of_writer + 4
     held.clear()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert lease_files_open(arena) == of_writer + 1
+
+
+def test_the_lease_file_that_stays_open_is_closed_with_its_arena(arena):
+    ShmRouteReader(add(arena, "r").ticket).close()
+    arena.close()
+    assert lease_files_open(arena) == 1
+    reap(arena.name, force=True)
+    assert attach_all(arena.name) == []  # which forgets it
+    assert lease_files_open(arena) == 0
+
+
+def test_the_lease_file_that_stays_open_is_not_a_child_s(arena):
+    ShmRouteReader(add(arena, "r").ticket).close()
+    assert lease_files_open(arena) == 2
+    if (child := os.fork()) == 0:
+        os._exit(lease_files_open(arena))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_record_of_a_removed_arena_is_gone_also_where_its_lease_file_stayed_open(arena):
+    record = add(arena, "r")
+    ShmRouteReader(record.ticket).close()
+    arena.close()
+    reap(arena.name, force=True)
+    with pytest.raises(RouteGone, match=r"its arena .* is gone"):
+        ShmRouteReader(record.ticket)
 
 
 # -- reaping -----------------------------------------------------------------------------------

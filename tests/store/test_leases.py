@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 
@@ -85,6 +86,18 @@ def test_held_leases_end_with_their_owner(leases, taken_by_readers):
     held.drop_last()
     assert taken_by_readers() == {1, 2}
     del held
+    assert taken_by_readers() == set()
+
+
+def test_leases_end_that_are_collected_together_with_all_that_keeps_them(big, taken_by_readers):
+    """The collector ends the members of a cycle in any order."""
+    shared = SharedLeases(big.segment.lease_file)
+    held = HeldLeases(shared)
+    assert all(held.try_acquire(slot) for slot in (1, 2, 300))
+    cycle = [shared, held]
+    cycle.append(cycle)
+    del shared, held, cycle
+    gc.collect()
     assert taken_by_readers() == set()
 
 

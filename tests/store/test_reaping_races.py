@@ -58,15 +58,15 @@ def test_a_reader_that_had_the_lease_file_open_reads_nothing_of_a_removed_arena(
     """Its lease comes too late to keep the arena, whose heap is punched out."""
     segment, ticket = dead
     ShmRouteReader(ticket).close()  # mapped from now on
-    original = leases.open_lease_file
+    original = leases.SharedLeases._fd
 
-    def late(file, *, writable):
-        fd = original(file, writable=writable)
+    def late(shared, index):
+        fd = original(shared, index)
         monkeypatch.undo()
         assert reaper.reap_segment(segment, force=True).kept == ""
         return fd
 
-    monkeypatch.setattr(leases, "open_lease_file", late)
+    monkeypatch.setattr(leases.SharedLeases, "_fd", late)
     with pytest.raises(RouteGone):
         ShmRouteReader(ticket)
 
