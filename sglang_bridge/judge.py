@@ -64,7 +64,7 @@ def judge(
 
 def _say(request: Finished, wrong: npt.NDArray[np.bool_]) -> None:
     logger.error(
-        "shmroute: rid %s misses %d of %d rows: their KV locations hold other tokens' "
+        "shmroute: rid %r misses %d of %d rows: their KV locations hold other tokens' "
         "routes or none (first at token %d)",
         request.rid,
         int(wrong.sum()),

@@ -185,7 +185,7 @@ class Publisher:
 
     def give_error(self, req: Any, error: Exception) -> None:
         """Let a request's response say that its routes were lost, and why."""
-        logger.error("shmroute: no routes for rid %s", req.rid, exc_info=error)
+        logger.error("shmroute: no routes for rid %r", req.rid, exc_info=error)
         self.counters.add("hook_errors")
         envelope = self.refuse(req.rid, f"{type(error).__name__}: {error}")
         req.routed_experts = self._respond(envelope)
@@ -256,7 +256,7 @@ class Publisher:
         if now < self._next_warning:
             return
         logger.warning(
-            "shmroute: the rows of rid %s (%d tokens) %s; %d requests since the last such line: %s",
+            "shmroute: the rows of rid %r (%d tokens) %s; %d requests since the last such line: %s",
             request.rid,
             request.tokens,
             "travel inside its response" if self._inline_when_full else "are not kept",
@@ -347,7 +347,7 @@ class Publisher:
 
     def _give_up(self, job: Job, error: Exception) -> None:
         logger.error(
-            "shmroute: the record of rid %s failed after its ticket had left: %s",
+            "shmroute: the record of rid %r failed after its ticket had left: %s",
             job.request.rid,
             error,
             exc_info=error,
@@ -359,7 +359,7 @@ class Publisher:
                 job.record.fail(f"{type(error).__name__}: {error}")
             except Exception:
                 # The thread must live on: without it no later record would ever be sealed.
-                logger.exception("shmroute: rid %s could not even be failed", job.request.rid)
+                logger.exception("shmroute: rid %r could not even be failed", job.request.rid)
 
 
 def _is_device_error(error: Exception) -> bool:

@@ -36,7 +36,7 @@ class Shadow:
     ) -> None:
         """Compare ``[tokens, moe_layers, top_k]`` rows, those that are missing left out."""
         if native is None:
-            logger.error("shmroute: shadow mode has no native rows for rid %s", rid)
+            logger.error("shmroute: shadow mode has no native rows for rid %r", rid)
             return
         reference = native.numpy()[:, self._layers]
         if reference.shape != rows.shape:
@@ -49,7 +49,7 @@ class Shadow:
         if wrong:
             token, layer = np.argwhere(differs)[0]
             logger.error(
-                "shmroute: SHADOW MISMATCH rid %s: %d of %d rows differ from the native path, "
+                "shmroute: SHADOW MISMATCH rid %r: %d of %d rows differ from the native path, "
                 "first at token %d, layer %d",
                 rid,
                 wrong,

@@ -47,7 +47,7 @@ def test_missing_rows_are_ranges_and_are_said_with_rid_and_token(
         found = verdict(tags_of([1] * 12, missing=(2, 3, 11)))
     assert found.missing == ((2, 4), (11, 12))
     assert found.missing_rows == 3
-    assert "rid r misses 3 of 12 rows" in caplog.text
+    assert "rid 'r' misses 3 of 12 rows" in caplog.text
     assert "first at token 5" in caplog.text
 
 

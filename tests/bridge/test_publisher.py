@@ -178,7 +178,7 @@ def test_when_slots_run_out_the_rows_travel_inline_and_releasing_brings_tickets_
             np.testing.assert_array_equal(routes.numpy(), rows)
     assert (counters["tickets"], counters["inline"], counters["inline_full"]) == (2, 3, 3)
     assert counters["shadow_records"] == 5
-    assert "rid-2 (60 tokens) travel inside its response" in caplog.text
+    assert "rid 'rid-2' (60 tokens) travel inside its response" in caplog.text
     assert caplog.text.count("travel inside") == 1  # one line a second, with a count
     assert "Remedy: release records" in caplog.text
 
@@ -552,7 +552,7 @@ def test_one_changed_id_is_reported_with_rid_token_and_layer_and_counted(
         counters = bridge.settled()
     assert counters["shadow_mismatches"] == 1
     assert counters["shadow_rows"] == 40
-    assert "rid planted: 1 of 40 rows differ" in caplog.text
+    assert "rid 'planted': 1 of 40 rows differ" in caplog.text
     assert "first at token 22, layer 3" in caplog.text
 
 

@@ -234,8 +234,8 @@ def test_one_changed_id_is_reported_with_rid_token_and_layer_and_counted(
     assert (faults.folder / "altered").read_text() == rid
     assert after["shadow_mismatches"] - before["shadow_mismatches"] == 1
     assert (
-        f"SHADOW MISMATCH rid {rid}: 1 of 81 rows differ from the native path, first at token 70, "
-        "layer 2" in offline.log
+        f"SHADOW MISMATCH rid {rid!r}: 1 of 81 rows differ from the native path, first at token "
+        "70, layer 2" in offline.log
     )
     shmroute.release(answer)
 
