@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 RESULTS = Path(__file__).parent / "results"
 
-Measure = Callable[[bool, Progress], Sequence[Row]]
+Measure = Callable[..., Sequence[Row]]
 
 
 def main(
@@ -25,6 +25,7 @@ def main(
     measure: Measure,
     *,
     redrawn_by_hand: bool = False,
+    parts: Sequence[str] = (),
 ) -> int:
     """Run ``bench/BENCH.py``: parse, measure, print, write; its exit code.
 
@@ -33,9 +34,12 @@ def main(
     quick
         What ``--quick`` does, for ``--help``.
     measure
-        Given ``--quick`` and a bar, gives the rows; see ``end_in_good_order``.
+        Given ``--quick`` and a bar, and with ``parts`` those asked for, gives the rows; see
+        ``end_in_good_order``.
     redrawn_by_hand
         The bar shows what is new when ``measure`` refreshes it, and has no thread.
+    parts
+        What may be named on the command line, to measure no more than that.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -45,7 +49,12 @@ def main(
         "--json", type=Path, metavar="PATH", help=f"the result file; default: {default}"
     )
     parser.add_argument("--quick", action="store_true", help=quick)
+    if parts:
+        parser.add_argument(
+            "parts", nargs="*", metavar="PART", help=f"only these, of {', '.join(parts)}"
+        )
     options = parser.parse_args()
+    named = _named(parser, parts, options)
     end_in_good_order()
     columns = (
         TextColumn("{task.description}"),
@@ -60,13 +69,25 @@ def main(
         refresh_per_second=1,
         auto_refresh=not redrawn_by_hand,
     ) as progress:
-        rows = measure(options.quick, progress)
+        rows = measure(options.quick, progress, *([named] if parts else []))
     print_table(rows, bench.replace("_", " "))
     path = options.json or (None if options.quick else RESULTS / f"{bench}.json")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, bench, f"python bench/{bench}.py" + " --quick" * options.quick, rows)
+        asked = [f"python bench/{bench}.py", *named, *(["--quick"] * options.quick)]
+        write(path, bench, " ".join(asked), rows)
     return exit_code(rows)
+
+
+def _named(
+    parser: argparse.ArgumentParser, parts: Sequence[str], options: argparse.Namespace
+) -> tuple[str, ...]:
+    # Of nothing, argparse says that it is none of the choices.
+    named = tuple(options.parts) if parts else ()
+    unknown = [name for name in named if name not in parts]
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}, only {', '.join(parts)}")
+    return named
 
 
 def end_in_good_order() -> None:

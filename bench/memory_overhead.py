@@ -1,6 +1,6 @@
 """Host memory that routes cost: a real engine and its trainers, three ways.
 
-    python bench/memory_overhead.py [--json PATH] [--quick]
+    python bench/memory_overhead.py [WAY ...] [--json PATH] [--quick]
 
 The engine is SGLang's own server, on a CPU unless torch sees a GPU, with a model of real routing
 width: 48 MoE layers, top-8 of 128 experts, small otherwise. It is started with routes off, with
@@ -24,10 +24,10 @@ How
     of an idle engine differs between starts by some MiB, so figures of a row are taken from what is
     held, not from differences of whole processes.
 
-    --quick shows that everything is read, not what it is: natively and with an arena only, side by
-    side, so that the engines share their libraries' pages, which PSS shows; with SGLang's dummy
-    weights instead of a checkpoint's; a small batch, and one number of ranks that read it.
-    What a start takes is mostly SGLang's import in three processes, and that stays.
+    --quick shows that everything is read, not what it is: with an arena only, unless ways are
+    named, which are started side by side, so that they share their libraries' pages, which PSS
+    shows; with SGLang's dummy weights instead of a checkpoint's; a small batch, and one number of
+    ranks that read it. What a start takes is mostly SGLang's import in three processes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TRAINERS: dict[Way, tuple[trainer_ranks.Way, ...]] = {
     "native": ("native", "native, one by one"),
     "arena": ("as stored", "int32"),
 }
-QUICK_HELP = "a small load on two engines side by side; what they take is not comparable"
+QUICK_HELP = "a small load on an engine with an arena, under a minute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Size:
     ----------
     requests
         Of one step; every step adds as many.
-    groups
-        Tensor-parallel sizes and ways of the engines that run at the same time.
+    tensor_parallel
+        Sizes of it, each with every way.
     quick
         Of `MeasuredEngine`.
     """
@@ -90,8 +90,13 @@ class Size:
     kv_tokens: int
     capacity: str
     ranks: tuple[int, ...]
-    groups: tuple[tuple[tuple[int, Way], ...], ...]
+    tensor_parallel: tuple[int, ...]
     quick: bool = False
+
+    def groups(self, ways: Sequence[Way]) -> list[list[tuple[int, Way]]]:
+        """Tensor-parallel sizes and ways of the engines that run at the same time."""
+        engines = [(tp, way) for tp in self.tensor_parallel for way in ways]
+        return [engines] if self.quick else [[engine] for engine in engines]
 
 
 FULL = Size(
@@ -101,7 +106,7 @@ FULL = Size(
     kv_tokens=65_536,
     capacity="256MiB",
     ranks=(1, 4, 8),
-    groups=tuple(((tp, way),) for tp in (1, 2) for way in WAYS),
+    tensor_parallel=(1, 2),
 )
 QUICK = Size(
     requests=2,
@@ -110,7 +115,7 @@ QUICK = Size(
     kv_tokens=8_192,
     capacity="64MiB",
     ranks=(2,),
-    groups=(((1, "native"), (1, "arena")),),
+    tensor_parallel=(1,),
     quick=True,
 )
 
@@ -150,8 +155,9 @@ class Measured:
 class Bench:
     """Engines, loads, and what was read."""
 
-    def __init__(self, size: Size, folder: Path, progress: Progress) -> None:
-        self._size, self._folder, self._progress = size, folder, progress
+    def __init__(self, size: Size, ways: Sequence[Way], folder: Path, progress: Progress) -> None:
+        self._size, self._ways = size, ways
+        self._folder, self._progress = folder, progress
         self._model = qwen3_moe(
             folder / "model",
             num_experts=EXPERTS,
@@ -164,9 +170,9 @@ class Bench:
         self.measured: list[Measured] = []
 
     def run(self) -> None:
-        count = sum(map(len, self._size.groups))
-        self._task = self._progress.add_task("engines", total=count)
-        for group in self._size.groups:
+        groups = self._size.groups(self._ways)
+        self._task = self._progress.add_task("engines", total=sum(map(len, groups)))
+        for group in groups:
             with ExitStack() as at_end:
                 engines = [at_end.enter_context(closing(self._engine(*each))) for each in group]
                 for engine in engines:
@@ -301,11 +307,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def measure(quick: bool, progress: Progress) -> list[Row]:
+def measure(quick: bool, progress: Progress, ways: Sequence[Way]) -> list[Row]:
     """Figures; the folder with the engines' logs stays where something failed."""
     folder = Path(tempfile.mkdtemp(prefix="bench-memory-"))
+    ways = ways or (("arena",) if quick else WAYS)
     try:
-        bench = Bench(QUICK if quick else FULL, folder, progress)
+        bench = Bench(QUICK if quick else FULL, ways, folder, progress)
         bench.run()
     except Exception:
         print(f"logs: {folder}", file=sys.stderr)
@@ -318,4 +325,4 @@ def measure(quick: bool, progress: Progress) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("memory_overhead", __doc__, QUICK_HELP, measure))
+    sys.exit(main("memory_overhead", __doc__, QUICK_HELP, measure, parts=WAYS))

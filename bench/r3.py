@@ -54,7 +54,7 @@ class Scale:
 
 
 FULL = Scale(seeds=8, requests=32, new_tokens=96)
-QUICK = Scale(seeds=2, requests=8, new_tokens=24)
+QUICK = Scale(seeds=1, requests=8, new_tokens=24)
 
 
 def model_of(seed: int, folder: Path) -> Path:
@@ -119,7 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two seeds, few tokens")
+    parser.add_argument("--quick", action="store_true", help="one seed, few tokens")
     parser.add_argument(
         "--json", type=Path, default="r3-report.json", help="result file (%(default)s)"
     )

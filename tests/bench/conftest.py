@@ -13,12 +13,14 @@ import result_file
 @pytest.fixture(scope="module")
 def short_run(
     start_bench: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str], dict[str, Any]]:
-    """Run a script with ``--quick``, its arenas named so; returns its result, which is valid."""
+) -> Callable[..., dict[str, Any]]:
+    """Run a script with ``--quick`` and more, its arenas named so; returns its result, which is
+    valid.
+    """
 
-    def run(script: str, arena: str) -> dict[str, Any]:
+    def run(script: str, arena: str, *more: str) -> dict[str, Any]:
         path = tmp_path_factory.mktemp("short") / "result.json"
-        process = start_bench(script, arena, "--quick", "--json", str(path))
+        process = start_bench(script, arena, *more, "--quick", "--json", str(path))
         said, _ = process.communicate()
         assert process.returncode == 0, said
         written: dict[str, Any] = json.loads(path.read_text())

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.engine
 def short(short_run):
     """The result of a short run, by name, and what it left in shared memory."""
     before = set(shared_memory_files())
-    rows = short_run("memory_overhead.py", "bench-memory-")["rows"]
+    rows = short_run("memory_overhead.py", "bench-memory-", "native", "arena")["rows"]
     left = {name for name in set(shared_memory_files()) - before if "bench-memory-" in name}
     return {row["name"]: row["value"] for row in rows}, left
 
