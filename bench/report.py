@@ -224,7 +224,7 @@ def _lmdb(result: Result) -> Iterator[str]:
     def of(way: str, what: str) -> str:
         return formatted(result.value(what.format(way)))
 
-    yield "\n![time until eight readers have a record, by its size, nine ways]"
+    yield "\n![time until eight readers have a record, by its size and way]"
     yield "(bench/results/transports.svg)\n"
     yield f"\nLMDB hands a record on sooner. It takes {of('LMDB', held)} MiB for one (the arena "
     yield f"{of('arena', held)}),\nand what a killed reader had open keeps it from using space "

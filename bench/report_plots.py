@@ -18,8 +18,8 @@ from matplotlib import pyplot  # noqa: E402 (the backend comes first)
 SIZE = (7.2, 3.4)
 ARENA, FLOOR = "tab:blue", "0.55"
 OTHERS = ("tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
-          "tab:cyan")  # fmt: skip
-MARKS = "os^Dv<>ph"
+          "tab:cyan", "tab:gray", "black")  # fmt: skip
+MARKS = "os^Dv<>phX*"
 
 
 def transports(result: Result, path: Path) -> None:

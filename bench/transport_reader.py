@@ -28,6 +28,8 @@ OPENERS = {
     "safetensors": "transport_files.SafetensorsOpener",
     "pyarrow IPC file": "transport_files.ArrowOpener",
     "LMDB": "transport_files.LmdbOpener",
+    "Mooncake Store": "transport_mooncake.MooncakeOpener",
+    "NIXL": "transport_nixl.NixlOpener",
     "SGLang native": "transport_responses.SGLangOpener",
     "vLLM native": "transport_responses.VllmOpener",
 }
@@ -48,7 +50,7 @@ class Held:
         if what == "drop":
             self._drop()
         else:
-            trim()
+            self._trim()
         return None
 
     def _read(self, way: str, locator: Any) -> Reading:
@@ -66,6 +68,11 @@ class Held:
         if self._opener is not None:
             self._opener.drop()
             self._opener = None
+
+    def _trim(self) -> None:
+        for opener in self._openers.values():
+            opener.trim()
+        trim()
 
 
 def main() -> None:

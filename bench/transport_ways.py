@@ -5,7 +5,8 @@ the record where the GPU's gather leaves it, uint8 ``[tokens, 48, 8]`` in one pi
 locator for each reader. A reader's end, an `Opener`, makes an ndarray of its locator and holds it
 until it is told to drop it. Here are the ways through a segment of shared memory;
 `transport_files` has those through files in ``/dev/shm``, `transport_responses` those that carry
-rows in an engine's response, `transport_ray` that of Ray's object store.
+rows in an engine's response, `transport_ray`, `transport_mooncake` and `transport_nixl` those of
+Ray's object store, Mooncake Store and NIXL.
 
 ``copied`` and ``copied_each`` say how often the record's bytes are written on the way, once and
 for every reader, counted from what each library does; an int32 of a uint8 id counts four.
@@ -106,6 +107,9 @@ class Opener(ABC, Generic[Locator]):
 
     def drop(self) -> None:
         """Let go of what was opened; its array is gone already."""
+
+    def trim(self) -> None:
+        """Give back what is kept from record to record."""
 
 
 # -- shmroute ------------------------------------------------------------------------------------

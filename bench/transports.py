@@ -4,12 +4,13 @@
 
 Records of 1, 12 and 60 MB (rows of Qwen3-30B-A3B: 48 MoE layers, top-8, one byte an id) go to 1, 2,
 4 and 8 readers, each a process of its own, through the arena, SGLang's and vLLM's own paths, Ray's
-object store, ``multiprocessing.shared_memory``, ``torch.multiprocessing``, and safetensors, Arrow
-and LMDB files in /dev/shm. `transport_ways`, `transport_files`, `transport_responses` and
-`transport_ray` say how each is used.
+object store, Mooncake Store, NIXL, ``multiprocessing.shared_memory``, ``torch.multiprocessing``,
+and safetensors, Arrow and LMDB files in /dev/shm. `transport_ways` and the other modules of that
+name say how each is used.
 
-Not run: Mooncake, whose package wants libibverbs of the system and listens on every interface, also
-for TCP within a node; NIXL, which moves registered memory between two agents and keeps no records.
+All of it happens in a network that has loopback only, where the kernel lets this process have one
+(it lets root). Mooncake, which listens on every interface, runs in such a one only, and only where
+libibverbs is installed; if not, a line says so, and its figures are not there.
 
 What is measured
     - Producer: what its calling thread does for a record. SGLang's native path starts from rows
@@ -44,13 +45,17 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import loopback
 import numpy as np
+import transport_mooncake
 from bench_command import main
 from memory_watch import MemoryWatch, trim
 from result_file import Row
 from rich.progress import Progress
 from route_chains import ROUTES, RouteTables
 from transport_files import ArrowWay, LmdbWay, SafetensorsWay
+from transport_mooncake import MooncakeWay
+from transport_nixl import NixlWay
 from transport_ray import RayWay
 from transport_readers import Readers, Reading, mark_of
 from transport_responses import SGLangWay, VllmWay
@@ -116,8 +121,9 @@ class Records:
 class Bench:
     """All ways, their readers, and the rows found."""
 
-    def __init__(self, size: Size, at_end: ExitStack, progress: Progress) -> None:
+    def __init__(self, size: Size, at_end: ExitStack, progress: Progress, *, alone: bool) -> None:
         self._size, self._progress = size, progress
+        self._alone = alone  # in a network of loopback only
         self._records = Records(size.largest)
         self._readers = at_end.enter_context(closing(Readers(max(size.readers))))
         self._ways = self._start(at_end)
@@ -125,18 +131,30 @@ class Bench:
 
     def _start(self, at_end: ExitStack) -> list[Way[Any]]:
         largest, count = self._size.largest, max(self._size.readers)
-        starts: tuple[Callable[[], Way[Any]], ...] = (
+        size = largest * ROUTES.row_bytes
+        starts: list[Callable[[], Way[Any]]] = [
             lambda: ArenaWay(largest),
             SharedMemoryWay,
             TorchWay,
             SafetensorsWay,
             ArrowWay,
-            lambda: LmdbWay(largest * ROUTES.row_bytes),
-            lambda: RayWay(largest * ROUTES.row_bytes, count + 1),  # one is killed
+            lambda: LmdbWay(size),
+            lambda: RayWay(size, count + 1),  # one is killed
+            lambda: NixlWay(size),
             VllmWay,
             SGLangWay,
-        )
+        ]
+        if (reason := self._mooncake_refused) is None:
+            starts.insert(-2, lambda: MooncakeWay(size))
+        else:
+            self._progress.console.print(f"Mooncake Store is not run: {reason}")
         return [at_end.enter_context(closing(start())) for start in starts]
+
+    @property
+    def _mooncake_refused(self) -> str | None:
+        if not self._alone:
+            return "it listens on every interface, and only root gets a network of loopback alone"
+        return transport_mooncake.why_not()
 
     def _readers_of(self, way: Way[Any]) -> Any:
         return getattr(way, "readers", self._readers)
@@ -294,8 +312,9 @@ def _rounded(value: float) -> float:
 
 
 def measure(quick: bool, progress: Progress) -> list[Row]:
+    alone = loopback.enter()
     with ExitStack() as at_end:
-        bench = Bench(QUICK if quick else FULL, at_end, progress)
+        bench = Bench(QUICK if quick else FULL, at_end, progress, alone=alone)
         bench.run()
     return bench.rows
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import transport_mooncake
 from engine_process import shared_memory_files
 from memory_watch import MemoryWatch
 
@@ -18,8 +19,16 @@ WAYS = (
     "pyarrow IPC file",
     "LMDB",
     "Ray object store",
+    "NIXL",
     "vLLM native",
     "SGLang native",
+    pytest.param(
+        "Mooncake Store",
+        marks=pytest.mark.skipif(
+            os.geteuid() != 0 or transport_mooncake.why_not() is not None,
+            reason="Mooncake runs for root only, and where libibverbs is installed",
+        ),
+    ),
 )
 
 
