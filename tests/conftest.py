@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -22,6 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     what the store's tests make.
     """
     items.sort(key=lambda item: (_has_engine(item), item.path.parent.name == "replay"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave the frameworks that were imported for it out of every later collection.
+
+    Each would walk through their millions of objects, and many tests ask for one.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _has_engine(item: pytest.Item) -> bool:
