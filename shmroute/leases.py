@@ -165,14 +165,20 @@ class _Resting:
     def __init__(self, index: int, fd: int) -> None:
         self.index, self.fd = index, fd
 
-    def wake(self) -> int:
-        """The descriptor, which is the caller's from now on."""
-        fd, self.fd = self.fd, -1
+    def wake(self) -> int | None:
+        """The descriptor, which is the caller's from now on; None if the file was removed."""
+        if self.fd < 0 or not os.fstat(self.fd).st_nlink:
+            return None
+        return self._given_up()
+
+    def _given_up(self) -> int:
+        fd, self.fd = getattr(self, "fd", -1), -1
         return fd
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if self.fd >= 0:
-            close(self.fd)
+        fd = self._given_up()
+        if fd >= 0:
+            close(fd)
 
 
 class SharedLeases:
@@ -232,28 +238,26 @@ class SharedLeases:
         try:
             taken = _set_lock(fd, _SHARED[byte])
             self._held_in[index] += taken
-        finally:
+        except BaseException:  # it may have been taken all the same: closing ends it
             if not self._held_in[index]:
-                self._rest(index)
+                self._close(index)
+            raise
+        if not self._held_in[index]:
+            self._rest(index)
         return taken
 
     def _fd(self, index: int) -> int:
         fd = self._fds.get(index)
         if fd is None:
-            fd = self._resting_fd(index)
+            resting, self._resting = self._resting, None
+            if resting is not None and resting.index == index:
+                fd = resting.wake()
+            del resting  # closed before another is opened: there may be no descriptor left
             if fd is None:
                 fd = open_lease_file(self._file_name(index), writable=False)
             self._held_in[index] = 0
             self._fds[index] = fd
         return fd
-
-    def _resting_fd(self, index: int) -> int | None:
-        if self._resting is None or self._resting.index != index:
-            return None
-        resting, self._resting = self._resting, None
-        if not os.fstat(resting.fd).st_nlink:
-            return None  # removed: opening it says so
-        return resting.wake()
 
     def _rest(self, index: int) -> None:
         """Keep a file open in which there is no lease, instead of the one before."""
@@ -319,14 +323,13 @@ class SharedLeases:
             self._dropped.extend(slots)
 
     def _close(self, index: int) -> None:
-        del self._held_in[index]
         os.close(self._fds.pop(index))
+        del self._held_in[index]
 
     # fork: the lock is held from ``before`` to both ``after``, so that the copy is consistent.
 
     def before_fork(self) -> None:
         self._lock.acquire()
-        self._resting = None
         for index in self._fds:
             try:
                 self._before_fork[index] = self._duplicate(index)
@@ -358,14 +361,16 @@ class SharedLeases:
         self._drain()
 
     def after_fork_in_child(self) -> None:
+        # A new lock: nobody may have told us of the fork, see ``_after_fork_in_child``.
+        self._lock = threading.Lock()
         # The inherited descriptions are the parent's: closed, never unlocked.
+        self._resting = None
         for fd in self._fds.values():
             os.close(fd)
         self._fds, self._before_fork = self._before_fork, {}
         for slot in [slot for slot in self._counts if slot // SLOTS_PER_FILE not in self._fds]:
             self._lost[slot] = self._counts.pop(slot)
         self._held_in = {index: self._held_in[index] for index in self._fds}
-        self._lock.release()
         self._drain()
 
 
@@ -428,9 +433,13 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    while _forking:
-        _forking.pop().after_fork_in_child()
-    _one_fork.release()
+    # All there are: an exception of a signal's handler, which Python swallows in ``_before_fork``,
+    # may have kept some from being told. Their views here are safe while the parent has them.
+    global _one_fork
+    _forking.clear()
+    for leases in list(_every_shared):
+        leases.after_fork_in_child()
+    _one_fork = threading.Lock()
 
 
 os.register_at_fork(

@@ -365,6 +365,37 @@ _FORKS = (
         ("store/test_forks.py::test_the_parent_keeps_its_lease_when_the_child_is_done",),
     ),
     Guard(
+        "the open lease file closed in a child",
+        "what a child locks and unlocks is not its parent's, though nobody had a lease at the fork",
+        "shmroute/leases.py",
+        "        self._resting = None\n        for fd in self._fds.values():",
+        "        for fd in self._fds.values():",
+        (
+            "store/test_descriptors.py::test_the_lease_file_that_stays_open_is_not_a_child_s",
+            "store/test_forks.py::"
+            "test_a_child_of_a_fork_that_nobody_was_told_of_takes_no_lease_of_its_parent",
+        ),
+    ),
+    Guard(
+        "all leases in a child, told of the fork or not",
+        "a handler's exception in a hook of fork lets no child unlock what its parent holds",
+        "shmroute/leases.py",
+        "    _forking.clear()\n    for leases in list(_every_shared):",
+        "    for leases in _forking:",
+        (
+            "store/test_forks.py::"
+            "test_a_child_of_a_fork_that_nobody_was_told_of_takes_no_lease_of_its_parent",
+        ),
+    ),
+    Guard(
+        "closing what was locked as a handler raised",
+        "an interrupted opening keeps no slot from the writer",
+        "shmroute/leases.py",
+        "                self._close(index)\n            raise",
+        "                self._rest(index)\n            raise",
+        ("store/test_leases.py::test_a_lock_that_was_taken_as_a_handler_raised_is_not_kept",),
+    ),
+    Guard(
         "the fork hook of the writer",
         "a child of the writer cannot write, and does not outlive it as one",
         "shmroute/arena.py",

@@ -29,6 +29,7 @@ SHM = Path(segments.SHM_DIR)
 # In the name of every arena that this process makes, and of nobody else's: pytest may run in
 # several processes side by side, and the number of one may begin with that of another.
 RUN = f"t{os.getpid()}-"
+SETTLE_SECONDS = 5.0
 
 
 def of_this_run() -> set[str]:
@@ -48,9 +49,11 @@ def shm_as_found(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     request.node.funcargs.clear()  # views among them would keep their leases
     reap_this_run()
-    if of_this_run() - before:
-        gc.collect()  # some views are in cycles; a collection after every test would be slow
+    until = time.monotonic() + SETTLE_SECONDS
+    while of_this_run() - before and time.monotonic() < until:
+        gc.collect()  # some views are in cycles, some in a killed process's child, which ends soon
         reap_this_run()
+        time.sleep(0.01)
     left = of_this_run() - before
     for entry in left:
         (SHM / entry).unlink()

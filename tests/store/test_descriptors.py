@@ -211,6 +211,24 @@ def test_lease_files_are_closed_when_idle_but_for_the_last(make_arena):
     assert lease_files_open(arena) == of_writer + 1
 
 
+def test_the_lease_file_that_stays_open_makes_room_for_another(make_arena, actor, text):
+    arena = make_arena(slots=512)
+    records = [add(arena, f"rid-{index}", tokens=1) for index in range(300)]
+    reader = actor(
+        COUNTING_UP
+        + """
+    ShmRouteReader(TICKETS[0]).close()
+    with descriptors_left(0):
+        for ticket in 2 * TICKETS:
+            ShmRouteReader(ticket).close()
+    say(done=1)
+    """,
+        TICKETS=[text(records[index].ticket) for index in (0, -1)],
+    )
+    assert {records[index].slot // 256 for index in (0, -1)} == {0, 1}
+    assert reader.hear() == {"done": 1}
+
+
 def test_the_lease_file_that_stays_open_is_closed_with_its_arena(arena):
     ShmRouteReader(add(arena, "r").ticket).close()
     arena.close()

@@ -165,6 +165,45 @@ def test_a_child_can_open_records_of_its_own(arena, record, actor):
     assert process.hear() == {"status": 0}
 
 
+@pytest.mark.parametrize("views", [0, 1, 2])
+def test_a_child_of_a_fork_that_nobody_was_told_of_takes_no_lease_of_its_parent(
+    arena, record, actor, views
+):
+    """Python swallows what a signal's handler raises inside a hook of fork, and forks."""
+    add(arena, "neighbour")
+    process = actor(
+        """
+        def interrupt(frame, event, argument):
+            if frame.f_code.co_name == "_before_fork":
+                raise KeyboardInterrupt  # where a handler's could arrive
+        sys.unraisablehook = lambda _: None
+        rids = ["r", "neighbour"][:VIEWS]
+        held = [ShmRouteReader(rid, arena=NAME).numpy() for rid in rids]
+        if not held:
+            ShmRouteReader("r", arena=NAME).close()  # whose lease file stays open
+        asked, asking = os.pipe()
+        sys.settrace(interrupt)
+        child = os.fork()
+        sys.settrace(None)
+        if child == 0:
+            held.clear()
+            os.read(asked, 1)
+            with ShmRouteReader("r", arena=NAME):
+                pass
+            os._exit(0)
+        if not held:
+            held = [ShmRouteReader("r", arena=NAME).numpy()]
+        os.write(asking, b"x")
+        say(status=os.waitpid(child, 0)[1])
+        hear()
+        """,
+        VIEWS=views,
+    )
+    assert process.hear() == {"status": 0}
+    release(record.ticket)
+    assert arena.writer.reclaim() == 0
+
+
 # -- the writer --------------------------------------------------------------------------------
 
 

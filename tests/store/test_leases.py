@@ -10,6 +10,7 @@ import pytest
 from actors import add
 
 from shmroute import IncompleteRoutes, ShmRouteReader
+from shmroute import leases as leases_module
 from shmroute.attached import attach
 from shmroute.leases import ExclusiveLeases, HeldLeases, SharedLeases
 from shmroute.opening import Opener
@@ -99,6 +100,24 @@ def test_leases_end_that_are_collected_together_with_all_that_keeps_them(big, ta
     del shared, held, cycle
     gc.collect()
     assert taken_by_readers() == set()
+
+
+def test_a_lock_that_was_taken_as_a_handler_raised_is_not_kept(
+    leases, taken_by_readers, monkeypatch
+):
+    original = leases_module._set_lock
+
+    def interrupted(fd, request):
+        original(fd, request)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(leases_module, "_set_lock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        leases.try_acquire(5)
+    monkeypatch.undo()
+    assert leases.try_acquire(6)
+    assert taken_by_readers() == {6}
+    leases.drop([6])
 
 
 def test_a_drop_does_not_wait_for_who_is_at_work_on_the_leases(leases, taken_by_readers):

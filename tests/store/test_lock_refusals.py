@@ -48,7 +48,7 @@ def says_so(refused):
         before = open_descriptors()
         with pytest.raises(LeaseUnavailable, match=r"no memory for another lock: raise the memory"):
             refused(function)
-        assert open_descriptors() == before
+        assert open_descriptors() <= before
 
     return says_so
 
