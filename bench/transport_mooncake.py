@@ -39,7 +39,7 @@ START_SECONDS, END_SECONDS = 30.0, 5.0
 STORED_RECORDS = 4  # of the largest
 SLACK_BYTES = 16 << 20
 #: Mooncake's own, for a memcpy where both ends are in one process, and for silence.
-ENVIRONMENT = {"MC_STORE_MEMCPY": "1", "MC_LOG_LEVEL": "ERROR"}
+ENVIRONMENT = {"MC_STORE_MEMCPY": "1", "MC_LOG_LEVEL": "ERROR", "GLOG_minloglevel": "3"}
 
 Locator: TypeAlias = tuple[str, int]  # key, bytes of the largest record
 
