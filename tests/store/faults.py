@@ -15,7 +15,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from shmroute import Arena
+from shmroute.segments import SHM_DIR
 
 # -- descriptors -------------------------------------------------------------------------------
 
@@ -49,6 +53,13 @@ def _open_null() -> int | None:
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd")) - 1
+
+
+def lease_files_open(arena: Arena) -> int:
+    """How many of the arena's this process has open, as reader and as writer."""
+    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    first = f"{SHM_DIR}/{arena.segment.base}.L"
+    return sum(os.readlink(link).startswith(first) for link in links if link.is_symlink())
 
 
 # -- system calls ------------------------------------------------------------------------------

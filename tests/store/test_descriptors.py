@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 from actors import add, is_intact
+from faults import lease_files_open
 
 from shmroute import LeaseUnavailable, RouteGone, ShmRouteReader, reap, release
 from shmroute.attached import attach, attach_all
-from shmroute.segments import SHM_DIR
 
 # Tries something with 0, 1, 2, ... descriptors left until it succeeds, and tells of each try.
 COUNTING_UP = """
@@ -192,13 +191,6 @@ def test_views_without_descriptors_are_read_and_given_back(arena, actor, text):
     )
     assert reader.hear()["intact"]
     assert arena.writer.reclaim() == 2
-
-
-def lease_files_open(arena):
-    """How many this process has, as reader and as writer."""
-    links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
-    first = f"{SHM_DIR}/{arena.segment.base}.L"
-    return sum(os.readlink(link).startswith(first) for link in links if link.is_symlink())
 
 
 def test_lease_files_are_closed_when_idle_but_for_the_last(make_arena):
