@@ -117,6 +117,7 @@ class _Helper:
                 break
             except BaseException as another:
                 interruption = another
+        self._said.clear()  # an error's traceback leads back here
         if interruption is not None:
             raise interruption
         return error
@@ -126,7 +127,7 @@ class _Helper:
             # With a limit: an exception can come between a word's arrival and its being seen.
             with contextlib.suppress(queue.Empty):
                 self._wake.get(timeout=0.01)
-        return self._said.pop()  # not kept: an error's traceback leads back here
+        return self._said[0]  # not taken: what interrupts this now has it asked for again
 
 
 def _is_worth_it(nbytes: int) -> bool:

@@ -187,6 +187,17 @@ _READER = (
         ("store/test_side_by_side.py::test_an_error_of_the_caller_s_gives_up_what_was_queued",),
     ),
     Guard(
+        "the other thread's word heard again after an interruption",
+        "a read that is interrupted as it ends does not wait for a thread that is no more",
+        "shmroute/side_by_side.py",
+        "return self._said[0]",
+        "return self._said.pop()",
+        (
+            "store/test_side_by_side.py::"
+            "test_what_interrupts_the_end_when_the_other_thread_has_said_its_word_is_raised",
+        ),
+    ),
+    Guard(
         "the reader's lease",
         "rows do not change under whoever reads them",
         "shmroute/leases.py",

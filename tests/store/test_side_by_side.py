@@ -161,6 +161,27 @@ def test_an_interruption_waits_for_the_task_that_is_running(alarm):
 
 
 @pytest.mark.usefixtures("one_thread_of_torch")
+def test_what_interrupts_the_end_when_the_other_thread_has_said_its_word_is_raised(monkeypatch):
+    """The end is gone through again then, and hears the same word: the thread is no more."""
+    original, heard = side_by_side._Helper._wait, []
+
+    def interrupted(helper):
+        if heard and not helper._said:
+            heard.append("nothing")
+            return None
+        heard.append(original(helper))
+        if len(heard) == 1:
+            raise Alarm
+        return heard[-1]
+
+    monkeypatch.setattr(side_by_side._Helper, "_wait", interrupted)
+    with pytest.raises(Alarm):
+        with sharing(ENOUGH) as do:
+            do(lambda: None)
+    assert heard == [None, None]
+
+
+@pytest.mark.usefixtures("one_thread_of_torch")
 def test_interruptions_at_any_moment_leave_no_thread_and_no_task(alarm):
     ran = []
 
