@@ -15,7 +15,8 @@ What is measured
       /dev/shm, and on the GPU where there is one.
     - How that grows with tokens in flight and with tensor-parallel ranks.
     - Of 1, 4 and 8 trainer ranks that read the batch (`trainer_ranks`: a pipeline stage's 12 layers
-      each, packed): private memory and PSS at most, and private memory while they hold the batch.
+      each, packed): private memory and PSS at most, and private memory while they hold the batch,
+      beyond what they had after a first read, so without the arena's pages that it has mapped.
       What the native way's responses take is counted once, as if one process kept the texts.
     - Bytes for each row in flight, beside the floor: moe_layers * top_k * itemsize.
 

@@ -185,8 +185,12 @@ def _memory(result: Result) -> tuple[str, ...]:
 
 def _output(results: Results) -> Iterator[tuple[str, ...]]:
     """Output of the real engine while 160 requests finish in one step, of that without routes."""
-    engines = [each for each in results.of("engine") if each.machine["gpu"]]
     names = {name: f"{name}, all finish in one step: output" for name in ("off", "arena", "native")}
+    engines = [
+        each
+        for each in results.of("engine")
+        if each.machine["gpu"] and any(any(each.matching(name)) for name in names.values())
+    ]
     if not all(any(any(each.matching(name)) for each in engines) for name in names.values()):
         return
     rates = {name: results.median(engines, figure) for name, figure in names.items()}
@@ -228,8 +232,23 @@ def _lmdb(result: Result) -> Iterator[str]:
     yield "(bench/results/transports.svg)\n"
     yield f"\nLMDB hands a record on sooner. It takes {of('LMDB', held)} MiB for one (the arena "
     yield f"{of('arena', held)}),\nand what a killed reader had open keeps it from using space "
-    yield f"again: {of('LMDB', left)} MiB after eight\nmore records (the arena "
-    yield f"{of('arena', left)}).\n"
+    yield f"again until somebody\nasks for dead readers: {of('LMDB', left)} MiB after eight more "
+    yield f"records (the arena {of('arena', left)}).\n"
+    load = "60 MB, 8 readers"
+    yield f"\nWhat is sooner with {load}:\n"
+    yield from _sooner(result, load, "producer", "on the calling thread")
+    yield from _sooner(result, load, "until an ndarray is there", "until all have an ndarray")
+
+
+def _sooner(result: Result, load: str, measured: str, shown: str) -> Iterator[str]:
+    """The ways that take less time than the arena."""
+    values = {
+        match[1]: row["value"] for match, row in result.matching(rf"{load}: (.+): {measured}, p50")
+    }
+    arena = values.pop("arena")
+    sooner = sorted((value, way) for way, value in values.items() if value < arena)
+    ways = ", ".join(f"{way} {formatted(value)}" for value, way in sooner) or "nothing"
+    yield f"- {shown} (the arena {formatted(arena)} ms): {ways}\n"
 
 
 def with_part(readme: str, results: Results) -> str:

@@ -9,8 +9,7 @@ What is measured
       (reserve, seal, ticket; no copy), opening by ticket and by rid, a copy of the rows into the
       record by the CPU.
     - By slots, 1,024 to 65,536, all of them filled: reserve and seal into the one that is free,
-      opening by ticket and by rid, release and reclaim of one record, creation of the arena, the
-      first opening in a process, which maps it.
+      opening by ticket and by rid, release and reclaim of one record, creation of the arena.
     - By readers, 1 to 64 processes that open records without a pause: openings per second of all,
       what one opening takes, and what reserve, seal and ticket take beside them, and beside as
       many processes that only spin.
@@ -30,7 +29,8 @@ Where it stops being flat, and why
     - Readers: they lock ranges of their own and share only the cores. The same number of processes
       that only spin is measured beside them: what the writer loses to these as well, it loses to
       the scheduler of the kernel.
-    - Records per second: with the copy, bytes per second.
+    - Records per second: with the copy, bytes per second, the more the longer a record is until
+      records no longer fit a cache.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 NIXL moves bytes between two agents and keeps no records, so what a store does besides is left out
 here: the producer keeps a registered buffer for each record that is in flight, and the locator
-says where it is. UCX has shared memory and ``process_vm_readv`` ("cma") only, so it listens on
-nothing.
+says where it is. One record at a time is in flight, so the buffer is the same every time, and may
+still be in the cache, where the arena goes on to other memory. UCX has shared memory and
+``process_vm_readv`` ("cma") only, so it listens on nothing.
 """
 
 from __future__ import annotations

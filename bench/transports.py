@@ -24,13 +24,19 @@ What is measured
     - Memory: what producer, readers and the way's own processes take beyond before, at most,
       of their own (`memory_watch`), and in shared memory. The record itself, where the producer
       has it, is not in it.
+    - Shared memory is what each way's ``shared_bytes`` says: of the arena its sealed records, of
+      LMDB all pages that were ever used, of files, torch and Ray what there is; of blocks and of
+      Mooncake what is counted of the records that were not retired, so it is 0 behind the last.
+      Memory that is taken once, an arena's or a pool's, is in none of them.
     - A killed reader: two hold a record, one gets SIGKILL. Can the other open the record once more,
       do eight later ones reach it, what does the producer take for them, how much stays in shared
       memory when the producer has given all back?
 
 How
-    All ways in turn, round by round; medians, and the spread of the middle half (the distance of
-    its ends, in percent of the median). Nothing is pinned to a core.
+    Blocks, torch, safetensors and Arrow take new pages for every record; the others use theirs
+    again, NIXL and Mooncake the very same. All ways in turn, round by round; medians, and the
+    spread of the middle half (the distance of its ends, in percent of the median). Nothing is
+    pinned to a core.
 """
 
 from __future__ import annotations
