@@ -28,9 +28,9 @@ Traps, and where they are closed
     - The kernel needs memory to unlock, too, and may have none (ENOLCK). Then the lease is kept
       and unlocked later: by the next of this process's leases that ends, or by the writer's
       next seal. Closing a descriptor needs none.
-    - A reader keeps one lease file open that it has no lease in, since opening it takes a
-      quarter of the time in which a record is opened (``_Resting``). It locks nothing there, a
-      child does not get it, and that its arena is gone is found by the file's links.
+    - A reader keeps one lease file open that it has no lease in (``_Resting``), since opening it
+      takes longer than the two calls of a lease. It locks nothing there, a child does not get it,
+      and that its arena is gone is found by the file's links.
 """
 
 from __future__ import annotations
@@ -296,13 +296,7 @@ class SharedLeases:
         return True
 
     def _unlock(self, index: int, byte: int, length: int) -> None:
-        try:
-            lock_range(self._fds[index], fcntl.F_UNLCK, byte, length)
-        except LeaseUnavailable:
-            if self._held_in[index] != length:
-                raise
-            self._close(index)
-            return
+        lock_range(self._fds[index], fcntl.F_UNLCK, byte, length)
         self._held_in[index] -= length
         if not self._held_in[index]:
             self._rest(index)
