@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,7 +54,8 @@ def main(
             "parts", nargs="*", metavar="PART", help=f"only these, of {', '.join(parts)}"
         )
     options = parser.parse_args()
-    named = _named(parser, parts, options)
+    named: list[str] = options.parts if parts else []
+    check_named(parser, "part", named, parts)
     end_in_good_order()
     columns = (
         TextColumn("{task.description}"),
@@ -79,15 +80,15 @@ def main(
     return exit_code(rows)
 
 
-def _named(
-    parser: argparse.ArgumentParser, parts: Sequence[str], options: argparse.Namespace
-) -> tuple[str, ...]:
-    # Of nothing, argparse says that it is none of the choices.
-    named = tuple(options.parts) if parts else ()
-    unknown = [name for name in named if name not in parts]
+def check_named(
+    parser: argparse.ArgumentParser, what: str, named: Sequence[str], known: Collection[str]
+) -> None:
+    """Refuse names that are not known; none at all is no error, of which argparse's own check
+    says that it is none of the choices.
+    """
+    unknown = [name for name in named if name not in known]
     if unknown:
-        parser.error(f"there is no {', '.join(unknown)}, only {', '.join(parts)}")
-    return named
+        parser.error(f"no such {what}: {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def end_in_good_order() -> None:
