@@ -4,7 +4,8 @@ As its documentation has it for processes of one node: a client process of Moonc
 store, and producer and readers, "dummy clients", share registered memory with it. ``put_from`` has
 that process copy the producer's memory into the store, ``get_buffer`` a record out of it into the
 reader's. Its cache of hot objects, which readers map, is not used: it copies an object when it is
-first asked for, and brought nothing to readers that ask at the same moment (tried with four).
+first asked for, and each reader asks for each record once, all at the same moment. Whether it
+serves the later ones of them is not measured.
 
 It needs libibverbs of the system, and it listens on every interface, so it runs only where this
 process has a network of its own (`loopback`).
