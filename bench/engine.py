@@ -108,6 +108,7 @@ class Bench:
                     start_seconds=server.start_seconds,
                     gpu=self._gpu,
                     quick=self._options.quick,
+                    runs=self._options.runs,
                     trace=str(trace or ""),
                     result=str(self._raw / f"{name}.json"),
                 ),
@@ -195,6 +196,9 @@ def _arguments() -> argparse.Namespace:
         default=None,
         metavar="A,B,...",
         help="engines, in order (off,arena,native,off,arena; with --quick arena)",
+    )
+    parser.add_argument(
+        "--runs", type=int, metavar="N", help="times that each engine is given throughput and turns"
     )
     parser.add_argument(
         "--seconds", type=float, default=3600.0, help="start no engine that would end later"

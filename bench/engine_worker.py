@@ -42,6 +42,8 @@ class Specification:
         Name of the arena, of every configuration.
     url, server, start_seconds
         The engine's address, its process id, and how long it took to serve.
+    runs
+        How often ``throughput`` and ``turns`` are run; None: as the scale says.
     trace
         File that its scheduler writes a trace into; empty without one.
     """
@@ -54,6 +56,7 @@ class Specification:
     start_seconds: float
     gpu: bool
     quick: bool
+    runs: int | None
     trace: str
     result: str
 
@@ -65,6 +68,7 @@ class Worker:
         self._spec = specification
         self._at_end = at_end
         self._scale = scale_for(specification.gpu, specification.quick)
+        self._runs = specification.runs or self._scale.throughput_runs
         self._asks = specification.configuration != "off"
         self._arena = specification.arena if specification.configuration == "arena" else None
         trace = specification.trace
@@ -114,7 +118,7 @@ class Worker:
     # -- blocks ------------------------------------------------------------------------------
 
     async def _throughput(self, load: Load) -> None:
-        for _ in range(self._scale.throughput_runs):
+        for _ in range(self._runs):
             self._add("throughput", await throughput(load, asks=self._asks))
 
     async def _unasked(self, load: Load) -> None:
@@ -129,7 +133,7 @@ class Worker:
         self._add("steady", await steady(load))
 
     async def _turns(self, load: Load) -> None:
-        for _ in range(self._scale.throughput_runs):
+        for _ in range(self._runs):
             for deltas in (False, True) if self._asks else (False,):
                 self._add("turns", await several_turns(load, deltas=deltas))
 
