@@ -3,8 +3,8 @@
 SGLang calls ``_maybe_collect_routed_experts`` for a finished request and releases its KV
 cache in the next statement, which may rewrite its row of ``req_to_token`` onto another
 request's locations. So the locations are copied inside that call and never read again. Nothing
-else is done there: its ticket is issued, with those of the other requests of the step, where the
-first of their responses is made, or at the step's end (see ``publisher``).
+else is done there: it is described and its ticket issued, with those of the other requests of the
+step, where the first of their responses is made, or at the step's end (see ``publisher``).
 
 Requests that end without that call (aborted in the queue, rejected, a discarded output)
 are counted ``no_routes`` where their response is made.
@@ -12,17 +12,14 @@ are counted ``no_routes`` where their response is made.
 
 from __future__ import annotations
 
-from array import array
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.state_capturer.base import BaseTopkCapturer
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from .capturer import ArenaCapturer
-from .finished import Finished
+from .finished import Ended
 from .publisher import Publisher
 from .versions import request_slot_reader
 
@@ -42,16 +39,19 @@ def collect(processor: Any, req: Any) -> None:
     if isinstance(reason, FINISH_ABORT) and reason.status_code is not None:
         return  # its reply is an HTTP error without ``meta_info``
     try:
-        publisher.note(req, describe(req, processor.req_to_token_pool, capturer, publisher))
+        publisher.note(_ended(req, processor.req_to_token_pool, capturer, publisher))
     except Exception as error:
         publisher.counters.add("finished")
         publisher.give_error(req, error)
 
 
-def describe(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:
-    """Read off a finished request what its record needs, locations copied."""
-    prompt, output = req.origin_input_ids, req.output_ids_through_stop
-    last = len(prompt) + len(output) - 1
+def _ended(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Ended:
+    """Take what the release of its KV cache may change: the locations, copied."""
+    # Not ``output_ids_through_stop``, which copies the output to cut it off there.
+    output = req.finished_len
+    if output is None:
+        output = len(req.output_ids)
+    last = len(req.origin_input_ids) + output - 1
     start = min(req.routed_experts_start_len, last)
     slot = slot_of(req)
     if slot is None:
@@ -63,33 +63,7 @@ def describe(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher)
         native = BaseTopkCapturer.get_topk(
             capturer, slot, last + 1, pool, req.routed_experts_start_len
         )
-
-    def token_ids() -> npt.NDArray[np.int64]:
-        # Called on another thread: slices copy under the interpreter lock, and no buffer of
-        # a list that the scheduler may still append to is held open.
-        ids = _as_array(prompt[:last])
-        rest = last - len(prompt)
-        if rest > 0:
-            ids = np.concatenate((ids, _as_array(output[:rest])))
-        return ids[start:]
-
-    return Finished(
-        rid=str(req.rid),
-        start=start,
-        tokens=last - start,
-        prompt_tokens=len(prompt),
-        locations=locations,
-        token_ids=token_ids,
-        native=native,
-    )
-
-
-def _as_array(ids: Any) -> npt.NDArray[np.int64]:
-    """A slice of token ids. Of an ``array`` it shares the memory: element by element a long
-    one would take the interpreter from the scheduler for a third of a millisecond."""
-    if isinstance(ids, array) and ids.typecode == "q":
-        return np.frombuffer(ids, dtype=np.int64)
-    return np.array(ids, dtype=np.int64)
+    return Ended(req, start, last, locations, native)
 
 
 def is_hidden_warmup(req: Any) -> bool:

@@ -106,6 +106,7 @@ class DeviceGatherer:
         self._lane_bytes = max(staging_bytes // LANES, routes.row_bytes) & -table.word_bytes
         self._lane_rows = self._lane_bytes // routes.row_bytes
         self._heap = torch.frombuffer(arena.memory.heap, dtype=torch.uint8)
+        self._heap_address = self._heap.data_ptr()
         self.page_lock = PageLock(
             arena.memory.heap_address,
             arena.memory.description.heap_bytes,
@@ -154,10 +155,8 @@ class DeviceGatherer:
 
     def _compile(self) -> None:
         """Gather a piece of no rows: the first launch compiles, which no request shall wait for."""
-        lane = self._lanes[0]
-        with torch.cuda.stream(self._gather_stream):
-            lane.pieces.zero_()
-        self._gather_rows(lane.pieces, 1, 1, lane.words, lane.tags, self._gather)
+        lane, nothing = self._lanes[0], (0, 0, 0, 0)
+        self._gather_rows(nothing, lane.pieces, 1, 1, lane.words, lane.tags, self._gather)
 
     def _make_lanes(self) -> None:
         self._lanes = [self._new_lane(self._lane_bytes, self._lane_rows) for _ in range(LANES)]
@@ -317,7 +316,7 @@ class DeviceGatherer:
             self._counters.add("pageable_copies")
         else:
             self.copy_rows(run, lane)
-        copy(buffer.tags_address, lane.tags.data_ptr(), _INT64 * run.rows, self._copy)
+        copy(buffer.tags_address, lane.tags_address, _INT64 * run.rows, self._copy)
         buffer.arrived = False
         buffer.copied.record(self._copy)
         lane.buffer = buffer
@@ -331,7 +330,7 @@ class DeviceGatherer:
 
     def _gather_run(self, run: Run, lane: Lane, buffer: HostBuffer) -> None:
         word, count = self._table.word_bytes, len(run.pieces)
-        buffer.pieces[:count] = [
+        pieces = [
             (
                 piece.job.request.locations.address + _INT32 * piece.first,
                 piece.rows,
@@ -340,15 +339,25 @@ class DeviceGatherer:
             )
             for piece in run.pieces
         ]
-        nbytes = _INT64 * PIECE_FIELDS * count
-        copy(lane.pieces.data_ptr(), buffer.pieces_address, nbytes, self._gather)
-        longest = max([piece.rows for piece in run.pieces])
-        self._gather_rows(lane.pieces, count, longest, lane.words, lane.tags, self._gather)
+        longest = pieces[0][1]
+        if count > 1:
+            longest = max([piece.rows for piece in run.pieces])
+            buffer.pieces[:count] = pieces
+            nbytes = _INT64 * PIECE_FIELDS * count
+            copy(lane.pieces_address, buffer.pieces_address, nbytes, self._gather)
+        self._gather_rows(
+            pieces[0],
+            lane.pieces_address,
+            count,
+            longest,
+            lane.words_address,
+            lane.tags_address,
+            self._gather,
+        )
 
     def copy_rows(self, run: Run, lane: Lane) -> None:
         """Copy a gathered run into the page-locked arena."""
-        target = self._heap.data_ptr() + run.offset
-        copy(target, lane.words.data_ptr(), run.nbytes, self._copy)
+        copy(self._heap_address + run.offset, lane.words_address, run.nbytes, self._copy)
 
     def gather_now(self, request: Finished) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         self._come_after_snapshots()

@@ -187,8 +187,12 @@ def _graph_scatter_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["address", "count", "place", "first_tag"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
+    address: tl.int64,
+    count: tl.int64,
+    place: tl.int64,
+    first_tag: tl.int64,
     pieces,
     rows,
     tags,
@@ -201,12 +205,21 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
     INVALID_TAG: tl.constexpr,
 ):
-    """Program (block, piece): ``ROWS`` rows of one piece, and their tags, into staging."""
-    piece = pieces + tl.program_id(1) * FIELDS
-    count = tl.load(piece + 1)
+    """Program (block, piece): ``ROWS`` rows of one piece, and their tags, into staging.
+
+    The first piece is in the arguments and the others in ``pieces``, so that one alone needs no
+    copy to the device.
+    """
+    number = tl.program_id(1)
+    if number > 0:
+        piece = pieces + number * FIELDS
+        address = tl.load(piece)
+        count = tl.load(piece + 1)
+        place = tl.load(piece + 2)
+        first_tag = tl.load(piece + 3)
     first = tl.program_id(0) * ROWS
     if first < count:
-        locations = tl.load(piece).to(tl.pointer_type(tl.int32))
+        locations = address.to(tl.pointer_type(tl.int32))
         row = first + tl.arange(0, ROWS)
         wanted = row < count
         location = tl.load(locations + row, mask=wanted, other=0).to(tl.int64)
@@ -214,10 +227,10 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
         word = tl.arange(0, WORDS_PADDED)
         inside = known[:, None] & (word < WORDS)[None, :]
         values = tl.load(rows + location[:, None] * WORDS + word[None, :], mask=inside)
-        target = tl.load(piece + 2) + row.to(tl.int64) * WORDS
+        target = place + row.to(tl.int64) * WORDS
         tl.store(staging + target[:, None] + word[None, :], values, mask=inside)
         tag = tl.load(tags + location, mask=known, other=INVALID_TAG)
-        tl.store(staged_tags + tl.load(piece + 3) + row, tag, mask=wanted)
+        tl.store(staged_tags + first_tag + row, tag, mask=wanted)
 
 
 class Launcher:
@@ -225,8 +238,9 @@ class Launcher:
 
     The dispatch looks at every argument to choose what to compile for. Here that can only
     change with ``key``: the first call with a key goes through it and keeps what it chose.
-    After that, device tensors go by their addresses: of a tensor the launch would ask the
-    driver what it points to, one call each. Hooks of Triton's own profiler are not called.
+    After that, device tensors go by their addresses, which may be given as well: of a tensor the
+    launch would ask the driver what it points to, one call each. Hooks of Triton's own profiler
+    are not called.
     """
 
     def __init__(self, kernel: Any, constants: tuple[Any, ...], device: torch.device) -> None:
@@ -396,25 +410,28 @@ class Gather:
 
     def __call__(
         self,
-        pieces: torch.Tensor,
+        first: tuple[int, int, int, int],
+        pieces: torch.Tensor | int,
         count: int,
         longest: int,
-        staging: torch.Tensor,
-        staged_tags: torch.Tensor,
+        staging: torch.Tensor | int,
+        staged_tags: torch.Tensor | int,
         stream: int | None = None,
     ) -> None:
         """Copy rows and tags of several pieces, each with its own locations, into staging.
 
         Parameters
         ----------
+        first
+            Of the first piece: address of ``int32`` KV locations on the device, number of rows,
+            first row's place in ``staging`` in words, first tag's place in ``staged_tags``.
         pieces
-            ``int64 [at least count, 4]`` on the device: address of ``int32`` KV locations,
-            number of rows, first row's place in ``staging`` in words, first tag's place in
-            ``staged_tags``.
+            ``int64 [count, 4]`` on the device, the same of every piece; the first is not read.
+            This and what follows: tensors at the first call, also addresses later.
         longest
             Most rows of any piece.
         stream
             A handle; None: the current one.
         """
-        grid = triton.cdiv(longest, GATHER_ROWS), count, 1
-        self._launch(None, grid, stream, pieces, *self._table, staging, staged_tags)
+        grid = -(-longest // GATHER_ROWS), count, 1
+        self._launch(None, grid, stream, *first, pieces, *self._table, staging, staged_tags)

@@ -3,7 +3,7 @@
 Flow::
 
     scheduler thread   note:  a request has ended; its KV locations are copied by now
-                       issue: reserve and ticket, for all that were noted in this step
+                       issue: describe, reserve and ticket, all that were noted in this step
                        flush: hand what got a ticket to the gatherer
     gatherer           rows and tags out of the table, rows into the extents
                        (``gather_device``: streams; ``gather_host``: a thread)
@@ -54,7 +54,7 @@ from shmroute.ticket import RID_BYTES_MAX, failed_ticket
 
 from .epochs import WeightEpochs
 from .errors import DeviceError
-from .finished import Finished, Gathered, Gatherer, Job
+from .finished import Ended, Finished, Gathered, Gatherer, Job
 from .interpreter import Insistence
 from .judge import Verdict, judge
 from .shadow import Shadow
@@ -105,6 +105,7 @@ class Publisher:
         routes = arena.memory.description.routes
         self._shadow = Shadow(routes, self.late_counters) if shadow else None
         self.gatherer = gatherer
+        self._ended: deque[Ended] = deque()
         self._noted: deque[tuple[Any, Finished]] = deque()
         self._pending: list[Job] = []
         self._pending_bytes, self._row_bytes = 0, routes.row_bytes
@@ -129,12 +130,13 @@ class Publisher:
 
     # -- scheduler thread --------------------------------------------------------------------
 
-    def note(self, req: Any, request: Finished) -> None:
+    def note(self, ended: Ended) -> None:
         """Take a request that has ended; ``issue`` sets its ``req.routed_experts``."""
-        self._noted.append((req, request))
+        self._ended.append(ended)
 
     def issue(self) -> None:
         """Give every request that was noted what its response carries, in the order of noting."""
+        self._describe()
         finished = len(self._noted)
         try:
             if finished:
@@ -149,6 +151,16 @@ class Publisher:
                     req.routed_experts = self._respond(envelope)
         finally:
             self.counters.add("finished", finished - len(self._noted))
+
+    def _describe(self) -> None:
+        ended, noted = self._ended, self._noted
+        while ended:
+            one = ended.popleft()
+            try:
+                noted.append((one.req, one.finished()))
+            except Exception as error:
+                self.counters.add("finished")
+                self.give_error(one.req, error)
 
     def _issue_together(self) -> None:
         """Tickets for the first of those noted, in most steps for all of them.
@@ -232,7 +244,7 @@ class Publisher:
 
     def flush(self) -> None:
         """Hand over what ended in this step."""
-        if self._noted:
+        if self._ended or self._noted:
             self.issue()
         if not self._pending:
             return
@@ -325,7 +337,7 @@ class Publisher:
         if not self.gatherer.idle:
             time.sleep(_PAUSE)
         patience = time.monotonic() + _PATIENCE
-        while (self._noted or self._pending) and time.monotonic() < patience:
+        while (self._ended or self._noted or self._pending) and time.monotonic() < patience:
             time.sleep(10 * _PAUSE)
 
     def _seal(self, job: Job) -> None:

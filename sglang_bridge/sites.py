@@ -135,7 +135,8 @@ ATTRIBUTES = {
         }
     ),
     "sglang.srt.managers.schedule_batch.Req": (
-        "output_ids_through_stop",
+        "output_ids",
+        "finished_len",
         "finished",
         "req_pool_idx" if _OLDER else "kv",
         "rid",

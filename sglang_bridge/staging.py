@@ -93,6 +93,10 @@ class Lane:
         self.words = torch.empty(nbytes // word.itemsize, dtype=word, device=device)
         self.tags = torch.empty(rows, dtype=torch.int64, device=device)
         self.pieces = torch.empty((PIECES_MAX, PIECE_FIELDS), dtype=torch.int64, device=device)
+        # What launches and copies go by.
+        self.words_address = self.words.data_ptr()
+        self.tags_address = self.tags.data_ptr()
+        self.pieces_address = self.pieces.data_ptr()
         self.buffer: HostBuffer | None = None
 
 

@@ -108,6 +108,9 @@ class ArenaTickets:
             ]
         )
         self._behind = b"".join(map(pack.pack, behind))
+        # Kept: a new one for each ticket takes 256 KB for its buffer. One call of it is one step
+        # of the interpreter, so threads need no lock, and it is empty again behind an error.
+        self._packer = pack
 
     def encode(
         self,
@@ -120,7 +123,7 @@ class ArenaTickets:
     ) -> bytes:
         """The envelope of one record's ticket."""
         # Without the first byte, which says that it is a list of five.
-        record: bytes = msgpack.packb((slot, generation, rid, start, tokens))[1:]
+        record: bytes = self._packer.pack((slot, generation, rid, start, tokens))[1:]
         envelope = self._before + record + self._behind + _PACKED_COMPLETE[complete] + _NO_PAD
         if len(envelope) % 4 == 0:
             return envelope[: -len(_NO_PAD)] + _PAD

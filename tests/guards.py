@@ -664,7 +664,7 @@ _BRIDGE = (
         "what was noted, issued by whatever comes next",
         "a request whose response nobody made in its step is not lost, and keeps its rows",
         "sglang_bridge/publisher.py",
-        "        if self._noted:\n            self.issue()\n",
+        "        if self._ended or self._noted:\n            self.issue()\n",
         "",
         (
             "bridge/test_collect.py::"

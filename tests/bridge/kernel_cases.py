@@ -76,10 +76,10 @@ def test_a_location_outside_the_table_is_neither_written_nor_read() -> None:
     fused_form(table, captured)(captured, beyond, torch.arange(4), torch.arange(4), 0)
     assert (table.tags >= 0).nonzero().flatten().tolist() == [3]
     wanted = torch.tensor([3, 10, -1], dtype=torch.int32)
-    pieces = torch.tensor([[wanted.data_ptr(), 3, 0, 0]])
+    none = torch.zeros((1, 4), dtype=torch.int64)
     staging = torch.zeros(9, dtype=table.words.dtype)
     tags = torch.zeros(3, dtype=torch.int64)
-    kernels.Gather(table.words, table.tags)(pieces, 1, 3, staging, tags)
+    kernels.Gather(table.words, table.tags)((wanted.data_ptr(), 3, 0, 0), none, 1, 3, staging, tags)
     assert tags.tolist() == [int(table.tags[3]), -1, -1]
 
 
@@ -95,13 +95,13 @@ def test_the_gather_kernel_takes_several_pieces_to_their_places(top_k: int) -> N
     tags = torch.zeros(200, dtype=torch.int64)
     locations = [torch.randperm(300)[:n].to(torch.int32) for n in lengths]
     firsts = (0, 70, 71)
-    pieces = torch.tensor(
-        [
-            [where.data_ptr(), n, place, first]
-            for where, n, place, first in zip(locations, lengths, places, firsts, strict=True)
-        ]
-    )
-    kernels.Gather(table.words, table.tags)(pieces, 3, max(lengths), staging, tags)
+    each = [
+        (where.data_ptr(), n, place, first)
+        for where, n, place, first in zip(locations, lengths, places, firsts, strict=True)
+    ]
+    pieces = torch.tensor(each)
+    pieces[0] = -1  # which nobody reads
+    kernels.Gather(table.words, table.tags)(each[0], pieces, 3, max(lengths), staging, tags)
     for where, n, place, first in zip(locations, lengths, places, firsts, strict=True):
         got = staging[place : place + n * words].view(n, words)
         assert (got == table.words[where.long()]).all()

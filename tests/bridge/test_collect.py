@@ -613,7 +613,7 @@ def test_shadow_mode_takes_the_locations_before_sglang_reads_them(
 
 
 def test_token_ids_out_of_an_array_are_those_of_a_list(scheduler: Scheduler) -> None:
-    from sglang_bridge.collect import _as_array
+    from sglang_bridge.finished import _as_array
 
     for ids in (array("q", [3, 1 << 40, 7]), [3, 1 << 40, 7], array("i", [3, 5])):
         np.testing.assert_array_equal(_as_array(ids), list(ids))

@@ -101,24 +101,23 @@ def _late() -> None:
     import sglang_bridge.collect as collect
     from sglang_bridge.publisher import Publisher
 
-    describe, flush = collect.describe, Publisher.flush
-    seen: dict[int, Any] = {}
+    ended, flush = collect._ended, Publisher.flush
+    seen: dict[str, Any] = {}
 
     def remembering(req: Any, pool: Any, *arguments: Any) -> Any:
-        request = describe(req, pool, *arguments)
-        seen[id(request)] = (pool, req.kv.req_pool_idx)
-        return request
+        seen[str(req.rid)] = (pool, req.kv.req_pool_idx)
+        return ended(req, pool, *arguments)
 
     def rereading(self: Any) -> None:
         for job in self._pending:
-            pool, index = seen.pop(id(job.request))
+            pool, index = seen.pop(job.request.rid)
             if _flag("late").exists():
                 row = pool.req_to_token[index]
                 end = job.request.start + job.request.tokens
                 job.request.locations = row[job.request.start : end].clone()
         flush(self)
 
-    collect.describe, Publisher.flush = remembering, rereading
+    collect._ended, Publisher.flush = remembering, rereading
 
 
 def _altered() -> None:

@@ -18,6 +18,10 @@ LOCATIONS, TOKENS, VOCABULARY = 512, 24, 1000
 DEVICE = "cuda"
 
 
+class Runner:
+    """Stands for SGLang's, by which graphs are told from those of an earlier one."""
+
+
 class Model:
     """Layers that choose experts by their input, whose memory the pool would use again."""
 
@@ -30,7 +34,7 @@ class Model:
         self.buffer = torch.full((64, 7, ROUTES.top_k), -1, dtype=torch.int32, device=DEVICE)
         capturing = torch.cuda.is_current_stream_capturing
         self.graphs = DecodeGraphs(self.table, self.buffer, capturing)
-        self.pool, self.runner = torch.cuda.graph_pool_handle(), SimpleNamespace()
+        self.pool, self.runner = torch.cuda.graph_pool_handle(), Runner()
         self.kept: list[bool] = []
 
     def choices(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
