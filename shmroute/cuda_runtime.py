@@ -1,8 +1,8 @@
-"""The two calls of the CUDA runtime that are needed here and that torch does not bind.
+"""The calls of the CUDA runtime that are needed here and that torch does not bind.
 
 They are looked up in the library that torch has loaded already, never loaded anew: a second
 copy of the runtime would have errors and modes of its own. A torch that links the runtime
-statically, or was built without CUDA, has no such library, and then both do nothing.
+statically, or was built without CUDA, has no such library, and then none of them is there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 _CAPTURE_MODE_RELAXED = 2  # cudaStreamCaptureModeRelaxed
+_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 
 
 @functools.cache
@@ -27,6 +29,45 @@ def _library() -> ctypes.CDLL | None:
         return ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
         return None
+
+
+@functools.cache
+def _copy() -> Any:
+    library = _library()
+    if library is None:
+        return None
+    function = library.cudaMemcpyAsync
+    address, stream = ctypes.c_void_p, ctypes.c_void_p
+    function.argtypes = address, address, ctypes.c_size_t, ctypes.c_int, stream
+    library.cudaGetErrorString.restype = ctypes.c_char_p
+    return function
+
+
+def can_copy() -> bool:
+    """Whether ``copy_to_device`` is there."""
+    return _copy() is not None
+
+
+def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Queue a copy from page-locked memory to the current device, by their addresses.
+
+    Through torch it takes two tensors more, and a question to the driver about each.
+
+    Parameters
+    ----------
+    stream
+        A handle of one of the current device's streams.
+
+    Raises
+    ------
+    RuntimeError
+        What the runtime says, an error of earlier work on the device included.
+    """
+    code = _copy()(target, source, nbytes, _TO_DEVICE, stream)
+    if code:
+        clear_error()
+        said = _library().cudaGetErrorString(code).decode()  # type: ignore[union-attr]
+        raise RuntimeError(f"a copy of {nbytes} bytes to the GPU was refused: {said} ({code})")
 
 
 def clear_error() -> None:

@@ -37,6 +37,7 @@ import torch
 
 from . import inflight, kept_memory, views
 from .attached import AttachedArena
+from .cuda_runtime import can_copy, copy_to_device
 from .layout import RouteLayout
 from .selection import Run
 from .side_by_side import sharing
@@ -140,6 +141,14 @@ class _Block(NamedTuple):
     def columns(self, first: int, end: int) -> torch.Tensor:
         """``[rows, end - first]``."""
         return self.memory.as_strided((self.rows, end - first), (self.width, 1), self.first + first)
+
+    @property
+    def address(self) -> int:
+        return self.memory.untyped_storage().data_ptr() + self.first * self.memory.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * self.width * self.memory.itemsize
 
     def part(self, first: int, end: int) -> _Block:
         """Rows ``[first, end)``."""
@@ -315,13 +324,17 @@ def _gather(
         )
     whole_rows = len(columns) == 1 and packed.shape[1] == width
     heaps = _HeapsForGpu(packed.dtype, packed.device, whole_rows=whole_rows)
+    stream = torch.cuda.current_stream().cuda_stream if whole_rows and can_copy() else None
     kept: list[Any] = []
     try:
         for rows, source, to in _placed(records, width, heaps):
             target = _Block.of(packed, to, source.rows)
             if isinstance(rows, views.LeasedRows) and rows.arena in heaps.reachable:
                 kept.append(rows)
-                _copy(source, columns, target)
+                if stream is None:
+                    _copy(source, columns, target)
+                else:
+                    copy_to_device(target.address, source.address, source.nbytes, stream)
             else:
                 _bounce.send(source, columns, target)
     finally:

@@ -14,7 +14,8 @@ from shmroute.attached import attach
 
 torch = pytest.importorskip("torch")
 
-from shmroute.pinned import PageLock  # noqa: E402 (needs torch)
+from shmroute import cuda_runtime, transfer  # noqa: E402 (need torch)
+from shmroute.pinned import PageLock  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -103,6 +104,20 @@ def test_a_batch_on_the_gpu_equals_the_rows(filled, layout, dtype):
     assert batch.rows.is_contiguous()
     assert batch.cu_seqlens.is_cuda
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(TOKENS)]
+
+
+def test_without_the_runtime_s_own_copy_torch_s_takes_them(filled, monkeypatch):
+    _, records = filled
+    monkeypatch.setattr(transfer, "can_copy", lambda: False)
+    batch = read_batch([record.ticket for record in records], device="cuda")
+    assert exact(batch.rows, np.concatenate([record.rows for record in records]))
+
+
+def test_a_copy_that_is_refused_says_why_and_leaves_no_error_behind():
+    assert cuda_runtime.can_copy()
+    with pytest.raises(RuntimeError, match="8 bytes to the GPU was refused: invalid argument"):
+        cuda_runtime.copy_to_device(1, 1, 8, torch.cuda.current_stream().cuda_stream)
+    assert torch.ones(3, device="cuda").sum().item() == 3
 
 
 @pytest.mark.parametrize(
