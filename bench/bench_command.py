@@ -26,6 +26,7 @@ def main(
     *,
     redrawn_by_hand: bool = False,
     parts: Sequence[str] = (),
+    packages: Sequence[str] = (),
 ) -> int:
     """Run ``bench/BENCH.py``: parse, measure, print, write; its exit code.
 
@@ -40,6 +41,8 @@ def main(
         The bar shows what is new when ``measure`` refreshes it, and has no thread.
     parts
         What may be named on the command line, to measure no more than that.
+    packages
+        Distributions that it measures, whose versions the result file states.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -57,6 +60,19 @@ def main(
     named: list[str] = options.parts if parts else []
     check_named(parser, "part", named, parts)
     end_in_good_order()
+    with bar(redrawn_by_hand=redrawn_by_hand) as progress:
+        rows = measure(options.quick, progress, *([named] if parts else []))
+    print_table(rows, bench.replace("_", " "))
+    path = options.json or (None if options.quick else RESULTS / f"{bench}.json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        asked = [f"python bench/{bench}.py", *named, *(["--quick"] * options.quick)]
+        write(path, bench, " ".join(asked), rows, packages)
+    return exit_code(rows)
+
+
+def bar(*, redrawn_by_hand: bool = False) -> Progress:
+    """A benchmark's bar; where standard error is no terminal it is shown once, at the end."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -64,20 +80,12 @@ def main(
         TimeElapsedColumn(),
     )
     # Drawn seldom: its thread takes the interpreter from what is timed.
-    with Progress(
+    return Progress(
         *columns,
         console=Console(stderr=True),
         refresh_per_second=1,
         auto_refresh=not redrawn_by_hand,
-    ) as progress:
-        rows = measure(options.quick, progress, *([named] if parts else []))
-    print_table(rows, bench.replace("_", " "))
-    path = options.json or (None if options.quick else RESULTS / f"{bench}.json")
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        asked = [f"python bench/{bench}.py", *named, *(["--quick"] * options.quick)]
-        write(path, bench, " ".join(asked), rows)
-    return exit_code(rows)
+    )
 
 
 def check_named(

@@ -12,6 +12,16 @@ from typing import Any
 
 from result_file import validate
 
+_HARDWARE = {
+    "cpu",
+    "cores",
+    "gpu",
+    "driver",
+    "kernel",
+    "python",
+}  # what else is there, are versions
+_SHOWN = {"sglang": "SGLang"}
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -51,9 +61,10 @@ class Result:
         machine = self.machine
         parts = [f"{machine['cpu']}, {machine['cores']} cores", machine["gpu"] or "no GPU"]
         parts.append(f"Linux {machine['kernel']}, Python {machine['python']}")
-        for name, shown in (("torch", "torch"), ("sglang", "SGLang"), ("driver", "driver")):
-            if machine.get(name):
-                parts.append(f"{shown} {machine[name]}")
+        versions = {name: value for name, value in machine.items() if name not in _HARDWARE}
+        for name, version in (*versions.items(), ("driver", machine.get("driver"))):
+            if version:
+                parts.append(f"{_SHOWN.get(name, name)} {version}")
         return "; ".join(parts)
 
 

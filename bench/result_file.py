@@ -58,8 +58,11 @@ class Row:
         return {**shown, "budget": self.budget, "sense": self.sense, "ok": self.ok}
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on; absent packages and devices are None."""
+def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What the figures were taken on; absent packages and devices are None.
+
+    ``packages`` are distributions whose version matters, besides those that it names anyhow.
+    """
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -67,8 +70,7 @@ def machine() -> dict[str, Any]:
         "driver": _gpu("driver_version"),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "sglang": _version("sglang"),
+        **{name: _version(name) for name in ("torch", "sglang", "numpy", *packages)},
     }
 
 
@@ -86,14 +88,16 @@ def commit() -> str | None:
     return f"{found}+dirty" if _output([*here, "status", "--porcelain"]) else found
 
 
-def write(path: Path | str, bench: str, command: str, rows: Sequence[Row]) -> None:
-    """Write the result file of one run."""
+def write(
+    path: Path | str, bench: str, command: str, rows: Sequence[Row], packages: Sequence[str] = ()
+) -> None:
+    """Write the result file of one run; ``packages`` as in `machine`."""
     result = {
         "bench": bench,
         "command": command,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine(packages),
         "rows": [row.as_json() for row in rows],
     }
     validate(result)

@@ -380,4 +380,13 @@ def measure(quick: bool, progress: Progress) -> list[Row]:
 
 if __name__ == "__main__":
     # A thread that redraws the bar would take the interpreter from what is timed.
-    sys.exit(main("store", __doc__, "a tenth of the repetitions", measure, redrawn_by_hand=True))
+    sys.exit(
+        main(
+            "store",
+            __doc__,
+            "a tenth of the repetitions",
+            measure,
+            redrawn_by_hand=True,
+            packages=("orjson", "pybase64"),
+        )
+    )

@@ -198,4 +198,5 @@ def measured(quick: bool, progress: Progress) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("trainer_read", __doc__, "a quarter of the records, under a minute", measured))
+    quick = "a quarter of the records, under a minute"
+    sys.exit(main("trainer_read", __doc__, quick, measured, packages=("pybase64",)))

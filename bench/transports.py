@@ -67,6 +67,19 @@ from transport_readers import Readers, Reading, mark_of
 from transport_responses import SGLangWay, VllmWay
 from transport_ways import ArenaWay, Record, SharedMemoryWay, TorchWay, Way
 
+#: What the ways are made of. vLLM is not installed: its own are msgspec, pyzmq and pybase64.
+PACKAGES = (
+    "ray",
+    "mooncake-transfer-engine-non-cuda",
+    "nixl-cu12",
+    "safetensors",
+    "pyarrow",
+    "lmdb",
+    "msgspec",
+    "pyzmq",
+    "orjson",
+    "pybase64",
+)
 MS, MIB = 1e3, 1 / (1 << 20)
 HOLD_SECONDS = 0.05
 LAPS_AFTER_KILL = 8
@@ -326,4 +339,5 @@ def measure(quick: bool, progress: Progress) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main("transports", __doc__, "1 MB, two readers, under a minute", measure))
+    quick = "1 MB, two readers, under a minute"
+    sys.exit(main("transports", __doc__, quick, measure, packages=PACKAGES))
