@@ -2,6 +2,7 @@
 
     python bench/engine.py throughput itl latency memory turns --json PATH [--quick] [--trace]
     python bench/engine.py steady --json PATH
+    python bench/engine.py turns --starts off,native,arena --json PATH
 
 SGLang's HTTP servers of three configurations (``engine_setup``) are started one after the other,
 in turns; a process of its own (``engine_worker``) puts every block asked for on each:
@@ -43,31 +44,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import engine_trace
+from bench_command import bar, end_in_good_order
 from engine_figures import result_rows
 from engine_process import EngineStartError
 from engine_server import EngineServer
 from engine_setup import CONFIGURATIONS, has_gpu, scale_for, server_flags, write_model
 from engine_worker import Specification
 from result_file import exit_code, print_table, write
+from rich.progress import Progress
 
 import shmroute
 
 BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "turns", "steady")
 WORKER = Path(__file__).with_name("engine_worker.py")
 END_SECONDS = 10.0  # what killing an engine and writing the figures takes
+LOOK_SECONDS = 1.0
 
 
 class Bench:
     """One command: its engines, in turn."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, progress: Progress) -> None:
         self._options = options
         self._folder = folder
+        self._console = progress.console
+        self._blocks = BlocksBar(progress, options.blocks, len(options.starts))
         self._raw = options.raw or folder / "raw"
         self._raw.mkdir(parents=True, exist_ok=True)
         self._logs = options.logs or folder
@@ -87,6 +93,7 @@ class Bench:
                 self._say(f"{configuration}: no time left for another engine")
                 break
             self._run_engine(configuration)
+            self._blocks.end_engine()
             self._longest = max(self._longest, time.monotonic() - began)
 
     def _run_engine(self, configuration: str) -> None:
@@ -94,9 +101,11 @@ class Bench:
         name = f"{number:02}-{configuration}"
         trace = self._raw / f"{name}.trace" if self._options.trace else None
         server = self._server(configuration, name, trace)
+        self._blocks.begin_engine(name)
         try:
             server.start()
             self._say(f"{name}: started in {server.start_seconds:.0f} s")
+            self._blocks.begin_blocks()
             self._measure(
                 name,
                 Specification(
@@ -145,10 +154,10 @@ class Bench:
                 start_new_session=True,
             )
         try:
-            code = worker.wait(max(1.0, self._left()))
-        except subprocess.TimeoutExpired:
-            self._say(f"{name}: cut off, the time is up")
-        else:
+            code = self._follow(worker, Path(specification.result))
+            if code is None:
+                self._say(f"{name}: cut off, the time is up")
+                return
             if code != 0:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
                 self._fail(f"{name}: exit code {code}; end of {log}:\n{tail}")
@@ -157,6 +166,15 @@ class Bench:
             if worker.poll() is None:
                 os.killpg(worker.pid, signal.SIGKILL)  # with its trainer and its streams
                 worker.wait()
+
+    def _follow(self, worker: subprocess.Popen[bytes], result: Path) -> int | None:
+        """Wait for the worker and show how far it is; its exit code, None when the time is up."""
+        until = time.monotonic() + max(1.0, self._left())
+        while (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return worker.wait(min(left, LOOK_SECONDS))
+            self._blocks.show(result)
+        return None
 
     def figures(self) -> list[dict[str, Any]]:
         """What every engine measured, those of earlier commands in ``--raw`` included."""
@@ -171,7 +189,44 @@ class Bench:
         self._say(message)
 
     def _say(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        self._console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+class BlocksBar:
+    """The bar: the blocks of all engines, those that are through."""
+
+    def __init__(self, progress: Progress, blocks: Collection[str], engines: int) -> None:
+        self._progress, self._blocks = progress, blocks
+        self._task = progress.add_task("", total=engines * len(blocks))
+        self._before = 0  # blocks of the engines that are through
+        self._name = ""
+        self._read_at = 0
+
+    def begin_engine(self, name: str) -> None:
+        self._name = name
+        self._progress.update(self._task, description=f"{name}: starting")
+
+    def begin_blocks(self) -> None:
+        self._show({})
+
+    def show(self, result: Path) -> None:
+        """Show what the figures say that an engine's worker has written so far."""
+        with contextlib.suppress(FileNotFoundError):  # no load is through
+            if (written_at := result.stat().st_mtime_ns) != self._read_at:
+                self._read_at = written_at
+                self._show(json.loads(result.read_text()))
+
+    def _show(self, figures: dict[str, Any]) -> None:
+        through = [block for block in self._blocks if f"{block}_seconds" in figures]
+        left = [block for block in self._blocks if block not in through]
+        what = f"{self._name}: {left[0] if left else 'ending'}"
+        completed = self._before + len(through)
+        self._progress.update(self._task, description=what, completed=completed)
+
+    def end_engine(self) -> None:
+        """All of its blocks are through, or will never be."""
+        self._before += len(self._blocks)
+        self._progress.update(self._task, completed=self._before)
 
 
 def _starts(text: str) -> list[str]:
@@ -224,24 +279,18 @@ def _undisturbed() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _interrupted(number: int, _frame: Any) -> NoReturn:
-    """First Ctrl-C or SIGTERM: clean up. Further ones must not cut that short."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    sys.exit(128 + number)
-
-
 def main() -> int:
     options = _arguments()
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, _interrupted)
+    end_in_good_order()
     folder = Path(tempfile.mkdtemp(prefix="shmroute-engine-"))
-    bench = Bench(options, folder)
+    progress = bar()
+    bench = Bench(options, folder, progress)
     try:
         # An interruption still gets the figures of the engines that were through.
         with contextlib.ExitStack() as at_end:
             at_end.callback(_report, bench, options)
-            bench.run()
+            with progress:
+                bench.run()
         rows = result_rows(bench.figures())
     finally:
         if bench.failed:
