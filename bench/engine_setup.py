@@ -109,6 +109,7 @@ class Scale:
     finishes: tuple[tuple[LongFinishes, int], ...]  # and how often each is run
     settle_seconds: float
     turns: Turns
+    turns_runs: int
     steady_requests: int
     latency_prompts: tuple[tuple[str, int], ...]
     latency_repeats: int
@@ -129,6 +130,7 @@ GPU = Scale(
     ),
     settle_seconds=0.1,
     turns=Turns(conversations=32, turns=4, prompt=896, output=128),
+    turns_runs=2,
     steady_requests=320,
     latency_prompts=(("1K", 1008), ("8K", 8176), ("32K", 32_752)),
     latency_repeats=6,
@@ -144,6 +146,7 @@ GPU_QUICK = replace(
         (LongFinishes("8K", 8000, ((20, 30, 40, 40),), 64, 130), 1),
         (LongFinishes("32K", 32_728, ((20,),), 64, 130), 1),
     ),
+    turns_runs=1,
     steady_requests=200,
     latency_repeats=4,
 )
@@ -158,7 +161,8 @@ CPU = Scale(
         (LongFinishes("900", 900, ((8,), (8, 8)), 12, 70), 1),
     ),
     settle_seconds=0.02,
-    turns=Turns(conversations=3, turns=3, prompt=30, output=6),
+    turns=Turns(conversations=4, turns=4, prompt=120, output=16),
+    turns_runs=8,  # of a second each
     steady_requests=12,
     latency_prompts=(("100", 92), ("1K", 1000)),
     latency_repeats=4,
@@ -169,6 +173,7 @@ CPU_QUICK = replace(
     CPU,
     throughput_runs=1,
     finishes=((LongFinishes("300", 300, ((8, 12, 12),), 12, 70), 1),),
+    turns_runs=1,
     latency_repeats=2,
 )
 

@@ -68,7 +68,6 @@ class Worker:
         self._spec = specification
         self._at_end = at_end
         self._scale = scale_for(specification.gpu, specification.quick)
-        self._runs = specification.runs or self._scale.throughput_runs
         self._asks = specification.configuration != "off"
         self._arena = specification.arena if specification.configuration == "arena" else None
         trace = specification.trace
@@ -118,7 +117,7 @@ class Worker:
     # -- blocks ------------------------------------------------------------------------------
 
     async def _throughput(self, load: Load) -> None:
-        for _ in range(self._runs):
+        for _ in range(self._spec.runs or self._scale.throughput_runs):
             self._add("throughput", await throughput(load, asks=self._asks))
 
     async def _unasked(self, load: Load) -> None:
@@ -133,7 +132,7 @@ class Worker:
         self._add("steady", await steady(load))
 
     async def _turns(self, load: Load) -> None:
-        for _ in range(self._runs):
+        for _ in range(self._spec.runs or self._scale.turns_runs):
             for deltas in (False, True) if self._asks else (False,):
                 self._add("turns", await several_turns(load, deltas=deltas))
 
