@@ -129,6 +129,7 @@ class LmdbWay(Way[LmdbLocator]):
 
     name = "LMDB"
     copied: ClassVar = {"into the map": 1}
+    warm_ups = 3  # what a transaction frees, none before the second after it may use again
 
     def __init__(self, largest_bytes: int) -> None:
         self._map_bytes = MAPPED_RECORDS * largest_bytes

@@ -63,6 +63,8 @@ class Way(ABC, Generic[Locator]):
     name: ClassVar[str]
     copied: ClassVar[Mapping[str, float]]
     copied_each: ClassVar[Mapping[str, float]] = {}
+    #: Laps until it has the memory that it goes on with.
+    warm_ups: ClassVar[int] = 1
     #: Whether the rows are those of ``Record.locations``, int32.
     native: ClassVar[bool] = False
     #: Whether a locator can be read by the reader it was meant for only, and once.

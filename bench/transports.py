@@ -34,15 +34,17 @@ What is measured
 
 How
     Blocks, torch, safetensors and Arrow take new pages for every record; the others use theirs
-    again, NIXL and Mooncake the very same. All ways in turn, round by round; medians, and the
-    spread of the middle half (the distance of its ends, in percent of the median). Nothing is
-    pinned to a core.
+    again, the arena, NIXL and Mooncake the very same. All ways in turn, round by round, each round
+    in another order, since a way may leave the machine slower to the next one: what SGLang's has
+    freed are gigabytes. Medians, and the spread of the middle half (the distance of its ends, in
+    percent of the median). Nothing is pinned to a core.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import sys
 import time
@@ -199,11 +201,15 @@ class Bench:
         tokens = self._size.tokens(megabytes)
         laps = {way.name: Laps() for way in self._ways}
         what = f"{megabytes} MB, {_readers(count)}"
-        task = self._progress.add_task(what, total=(rounds + 1) * len(self._ways))
+        warm_ups = [way.warm_ups for way in self._ways]
+        total = rounds * len(self._ways) + sum(warm_ups)
+        task = self._progress.add_task(what, total=total)
+        order = random.Random(what)  # the same in every run
         gc.collect()
-        for lap in range(rounds + 1):
-            for way in self._ways:
-                into = laps[way.name] if lap else Laps()  # the first warms up
+        for lap in range(-max(warm_ups), rounds):
+            taking_part = [way for way in self._ways if lap >= -way.warm_ups]
+            for way in order.sample(taking_part, len(taking_part)):
+                into = laps[way.name] if lap >= 0 else Laps()
                 self._lap(way, self._records.next(tokens), count, into)
                 self._progress.advance(task)
         for way in self._ways:
