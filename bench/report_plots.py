@@ -18,8 +18,8 @@ from matplotlib import pyplot  # noqa: E402 (the backend comes first)
 SIZE = (7.2, 3.4)
 ARENA, FLOOR = "tab:blue", "0.55"
 OTHERS = ("tab:red", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive",
-          "tab:cyan", "tab:gray", "black")  # fmt: skip
-MARKS = "os^Dv<>phX*"
+          "tab:cyan", "tab:gray", "black", "gold")  # fmt: skip
+MARKS = "os^Dv<>phX*P"
 
 
 def transports(result: Result, path: Path) -> None:

@@ -29,6 +29,7 @@ OPENERS = {
     "pyarrow IPC file": "transport_files.ArrowOpener",
     "LMDB": "transport_files.LmdbOpener",
     "Mooncake Store": "transport_mooncake.MooncakeOpener",
+    "Mooncake Store, cached": "transport_mooncake.MooncakeOpener",
     "NIXL": "transport_nixl.NixlOpener",
     "SGLang native": "transport_responses.SGLangOpener",
     "vLLM native": "transport_responses.VllmOpener",

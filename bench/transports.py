@@ -62,7 +62,7 @@ from result_file import Row
 from rich.progress import Progress
 from route_chains import ROUTES, RouteTables
 from transport_files import ArrowWay, LmdbWay, SafetensorsWay
-from transport_mooncake import MooncakeWay
+from transport_mooncake import MooncakeCachedWay, MooncakeWay
 from transport_nixl import NixlWay
 from transport_ray import RayWay
 from transport_readers import Readers, Reading, mark_of
@@ -166,7 +166,7 @@ class Bench:
             SGLangWay,
         ]
         if (reason := self._mooncake_refused) is None:
-            starts.insert(-2, lambda: MooncakeWay(size))
+            starts[-2:-2] = [lambda: MooncakeWay(size), lambda: MooncakeCachedWay(size)]
         else:
             self._progress.console.print(f"Mooncake Store is not run: {reason}")
         return [at_end.enter_context(closing(start())) for start in starts]

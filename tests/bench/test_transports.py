@@ -11,6 +11,10 @@ import transport_mooncake
 from engine_process import shared_memory_files
 from memory_watch import MemoryWatch
 
+MOONCAKE = pytest.mark.skipif(
+    os.geteuid() != 0 or transport_mooncake.why_not() is not None,
+    reason="Mooncake runs for root only, and where libibverbs is installed",
+)
 WAYS = (
     "arena",
     "multiprocessing.shared_memory",
@@ -22,13 +26,8 @@ WAYS = (
     "NIXL",
     "vLLM native",
     "SGLang native",
-    pytest.param(
-        "Mooncake Store",
-        marks=pytest.mark.skipif(
-            os.geteuid() != 0 or transport_mooncake.why_not() is not None,
-            reason="Mooncake runs for root only, and where libibverbs is installed",
-        ),
-    ),
+    pytest.param("Mooncake Store", marks=MOONCAKE),
+    pytest.param("Mooncake Store, cached", marks=MOONCAKE),
 )
 
 
