@@ -13,11 +13,14 @@ What is measured
       (RssShmem), locked (VmLck, VmPin), and the most that was resident under the load (VmHWM). Of
       all together, the most memory of their own that the last load took (`memory_watch`). Bytes in
       /dev/shm, and on the GPU where there is one.
-    - How that grows with tokens in flight and with tensor-parallel ranks.
+    - How that grows with tokens in flight, of each process beyond what it had before any of them,
+      whatever it was asked for, and with tensor-parallel ranks.
     - Of 1, 4 and 8 trainer ranks that read the batch (`trainer_ranks`: a pipeline stage's 12 layers
       each, packed): private memory and PSS at most, and private memory while they hold the batch,
-      beyond what they had after a first read, so without the arena's pages that it has mapped.
-      What the native way's responses take is counted once, as if one process kept the texts.
+      beyond what they had after a first read. PSS has a rank's part of all pages of the arena that
+      it has mapped, which is shown alone, too; private memory has none, since the engine has mapped
+      them as well. What the native way's responses take is counted once, as if one process kept the
+      texts.
     - Bytes for each row in flight, beside the floor: moe_layers * top_k * itemsize.
 
 How
@@ -63,6 +66,7 @@ SHOWN = {
     "VmPin": "pinned",
     "VmHWM": "resident at most",
 }
+GROWING = ("Uss", "Pss", "RssShmem")
 TRAINERS: dict[Way, tuple[trainer_ranks.Way, ...]] = {
     "off": (),
     "native": ("native", "native, one by one"),
@@ -130,7 +134,8 @@ class Measured:
     held
         What was read with so many rows in flight, none to begin with.
     most
-        Bytes of their own that the engine's processes took at most in the last step.
+        Bytes of their own that the engine's processes took at most in the step after which there
+        were so many rows.
     carried
         Bytes of the responses' texts for routes, all together.
     trainers
@@ -140,7 +145,7 @@ class Measured:
     way: Way
     tp: int
     held: dict[int, Reading]
-    most: int
+    most: dict[int, int]
     carried: int
     trainers: dict[int, dict[trainer_ranks.Way, list[trainer_ranks.Reading]]]
 
@@ -151,6 +156,10 @@ class Measured:
     @property
     def loaded(self) -> Reading:
         return self.held[self.rows]
+
+    @property
+    def unloaded(self) -> Reading:
+        return self.held[0]
 
 
 class Bench:
@@ -199,12 +208,12 @@ class Bench:
     def _measure(self, engine: MeasuredEngine, tp: int) -> Measured:
         size = self._size
         texts: list[str] = []
-        held, most = {0: engine.reading()}, 0
+        held, most = {0: engine.reading()}, {}
         for _ in range(size.steps):
             with engine.watch() as watch:
                 texts += engine.ask(size.requests, size.tokens)
-            most = watch.most
-            held[len(texts) * (size.tokens + OUTPUT_TOKENS - 1)] = engine.reading()
+            rows = len(texts) * (size.tokens + OUTPUT_TOKENS - 1)
+            held[rows], most[rows] = engine.reading(), watch.most
         trainers = self._trainers(engine.way, texts) if tp == 1 else {}
         return Measured(engine.way, tp, held, most, sum(map(len, texts)), trainers)
 
@@ -234,6 +243,7 @@ def figures(measured: Sequence[Measured]) -> list[Row]:
     rows: list[Row] = [Row("floor: bytes a row", FLOOR, "B")]
     for each in measured:
         rows += _of_engine(each)
+        rows += _of_growth(each)
         rows += _of_rows(each)
         rows += _of_trainers(each)
     return rows + list(_beyond_off(measured))
@@ -250,13 +260,32 @@ def _of_engine(each: Measured) -> Iterator[Row]:
             yield _mib(f"{name}: {role}: {shown}", process.get(field, 0))
     for field in ("Uss", "Pss", "RssAnon"):
         yield _mib(f"{name}: all processes: {SHOWN[field]}", loaded.total(field))
-    yield _mib(f"{name}: all processes: own memory at most, beyond before the load", each.most)
     yield _mib(f"{name}: /dev/shm but for arenas", loaded.shm)
     if loaded.arena:
         yield _mib(f"{name}: /dev/shm, the arena", loaded.arena["taken"])
         yield _mib(f"{name}: route table", loaded.arena["table"])
     if loaded.gpu is not None:
         yield _mib(f"{name}: GPU in use", loaded.gpu)
+
+
+def _of_growth(each: Measured) -> Iterator[Row]:
+    """What there is more than before the load, by tokens in flight."""
+    before = each.unloaded
+    for tokens, most in each.most.items():
+        reading, load = each.held[tokens], f"beyond before the load, {tokens} tokens"
+        for role, process in reading.roles.items():
+            had = before.roles.get(role, {})
+            for field in GROWING:
+                more = process.get(field, 0) - had.get(field, 0)
+                yield _mib(f"{_named(each)}: {role}: {SHOWN[field]} {load}", more)
+        name = f"{_named(each)}: all processes"
+        for field in GROWING:
+            more = reading.total(field) - before.total(field)
+            yield _mib(f"{name}: {SHOWN[field]} {load}", more)
+        yield _mib(f"{name}: own memory at most, beyond before the last of {tokens} tokens", most)
+        yield _mib(f"{_named(each)}: /dev/shm but for arenas {load}", reading.shm - before.shm)
+        if reading.gpu is not None and before.gpu is not None:
+            yield _mib(f"{_named(each)}: GPU in use {load}", reading.gpu - before.gpu)
 
 
 def _of_rows(each: Measured) -> Iterator[Row]:
@@ -269,7 +298,7 @@ def _of_rows(each: Measured) -> Iterator[Row]:
     for rows, reading in each.held.items():
         if rows:
             what = f"{name}: arena in use a row, {rows} rows"
-            held = reading.arena["in_use"] - each.held[0].arena["in_use"]
+            held = reading.arena["in_use"] - each.unloaded.arena["in_use"]
             yield Row(what, _rounded(held / rows), "B", FLOOR * 1.02, "max")
     yield Row(f"{name}: response text a row, {each.rows} rows", each.carried / each.rows, "B")
 
@@ -283,7 +312,10 @@ def _of_trainers(each: Measured) -> Iterator[Row]:
             private = sum(reading.held.private for reading in taken)
             most = sum(reading.grown.private for reading in taken)
             yield _mib(f"{name}: private at most", most)
-            yield _mib(f"{name}: PSS at most", sum(one.grown.proportional for one in taken))
+            yield _mib(f"{name}: PSS at most", sum(one.grown.pss for one in taken))
+            if each.way == "arena":
+                mapped = sum(one.grown.arena for one in taken)
+                yield _mib(f"{name}: PSS at most, the arena's pages alone", mapped)
             yield _mib(f"{name}: private with the packed batch", private)
             held = (kept + private) / each.rows
             yield Row(f"{name}: bytes a row, records and ranks", _rounded(held), "B")
@@ -292,11 +324,11 @@ def _of_trainers(each: Measured) -> Iterator[Row]:
 
 def _beyond_off(measured: Sequence[Measured]) -> Iterator[Row]:
     """What an engine with routes has more than one without, at rest and before any load."""
-    off = {each.tp: each.held[0] for each in measured if each.way == "off"}
+    off = {each.tp: each.unloaded for each in measured if each.way == "off"}
     for each in measured:
         if each.way == "off" or each.tp not in off:
             continue
-        more = each.held[0].total("RssAnon") - off[each.tp].total("RssAnon")
+        more = each.unloaded.total("RssAnon") - off[each.tp].total("RssAnon")
         yield _mib(f"{_named(each)}: own memory beyond routes off, before the load", more)
 
 

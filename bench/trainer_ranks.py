@@ -37,6 +37,7 @@ Way = Literal[
     "int32, kept memory",
 ]
 
+ARENA_FILES = b"/dev/shm/shmroute-"
 STAGE = slice(12, 24)  # the second of four pipeline stages
 SHARE = shmroute.Partition(cp_rank=1, cp_size=2, sp_rank=0, sp_size=2, batch_multiple=256)
 _SECONDS = 300.0
@@ -63,14 +64,30 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes of a process: its own, and with its part of what it shares with others."""
+    """Bytes of a process.
+
+    Attributes
+    ----------
+    private, proportional
+        Its own, and with its part of what it shares with others; arenas left out.
+    arena
+        Its part of the pages of arenas that it has mapped, the writer being another that has.
+    """
 
     private: int
     proportional: int
+    arena: int
 
     def beyond(self, before: Memory) -> Memory:
-        """What it has more than before."""
-        return Memory(self.private - before.private, self.proportional - before.proportional)
+        """What it has more than before; of arenas all, since what it reads again is mapped."""
+        return Memory(
+            self.private - before.private, self.proportional - before.proportional, self.arena
+        )
+
+    @property
+    def pss(self) -> int:
+        """With its part of all that it shares, arenas included."""
+        return self.proportional + self.arena
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,10 +272,18 @@ def _read(way: Way, together: Barrier, batch: Batch, afresh: bool) -> Reading:
 
 
 def _memory() -> Memory:
-    private = proportional = 0
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_"):
-            private += int(line.split()[1]) * 1024
-        elif line.startswith("Pss:"):
-            proportional = int(line.split()[1]) * 1024
-    return Memory(private, proportional)
+    private = proportional = arena = 0
+    in_arena = False
+    # Line by line: all of them at once take 2 MiB, which would be in what is read next.
+    with open("/proc/self/smaps", "rb") as mappings:
+        for line in mappings:
+            name, value = line.split(maxsplit=2)[:2]
+            if not name.endswith(b":"):  # a mapping: its addresses come first, its file last
+                in_arena = ARENA_FILES in line
+            elif name == b"Pss:" and in_arena:
+                arena += int(value) * 1024
+            elif name == b"Pss:":
+                proportional += int(value) * 1024
+            elif name.startswith(b"Private_") and not in_arena:
+                private += int(value) * 1024
+    return Memory(private, proportional, arena)

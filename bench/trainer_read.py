@@ -20,7 +20,8 @@ What is measured
     - The time of one rank, and until the last of eight is done that begin at once. A text comes
       from the page cache and a ticket from the parent: neither way pays for the transport.
     - Memory at its most, beyond what the process had before: private bytes, and those with its
-      part of what it shares (PSS). Texts are not counted; the arena is, once for all ranks.
+      part of what it shares (PSS), which has its part of all pages of the arena that it has mapped.
+      Texts are not counted; beside private bytes the arena is, once for all ranks.
 
 How
     Ranks are processes with one thread of torch, as torchrun starts them. Each reads the batch once
@@ -101,7 +102,7 @@ class Measured:
     count: int
     seconds: dict[Way, float]
     private: dict[Way, int]
-    proportional: dict[Way, int]
+    pss: dict[Way, int]
 
 
 def measure(count: int, batch: Batch, laps: int, progress: Progress) -> Measured:
@@ -121,7 +122,7 @@ def measure(count: int, batch: Batch, laps: int, progress: Progress) -> Measured
         count,
         {way: statistics.median(times[way]) for way in WAYS},
         {way: sum(memory.private for memory in grown[way]) for way in WAYS},
-        {way: sum(memory.proportional for memory in grown[way]) for way in WAYS},
+        {way: sum(memory.pss for memory in grown[way]) for way in WAYS},
     )
 
 
@@ -164,7 +165,7 @@ def _memory_of_all(eight: Measured, arena_bytes: int) -> Iterator[Row]:
         together[way] = eight.private[way] + shared
         what = "private and the arena" if shared else "private"
         yield Row(f"{name}: {what}, {NAMES[way]}", _mib(together[way]), "MiB")
-        yield Row(f"{name}: PSS, {NAMES[way]}", _mib(eight.proportional[way]), "MiB")
+        yield Row(f"{name}: PSS, {NAMES[way]}", _mib(eight.pss[way]), "MiB")
     native, lean = together["native"], together["native, one by one"]
     stored, widened = together["as stored"], together["int32"]
     yield Row(f"{name}: memory, as stored / native", _rounded(stored / native), "x", 1 / 8, "max")

@@ -39,6 +39,29 @@ def test_responses_carry_tickets_instead_of_rows(short):
     assert texts["arena"] < 10
 
 
+@pytest.mark.parametrize("way", ["native", "arena"])
+def test_the_growth_of_every_process_with_tokens_in_flight_is_shown(short, way):
+    figures, _ = short
+    for process in ("HTTP server", "scheduler", "detokenizer", "all processes"):
+        for what in ("USS", "PSS", "shared memory"):
+            assert f"{way}: {process}: {what} beyond before the load, 128 tokens" in figures
+
+
+def test_a_ranks_pss_has_its_part_of_the_arena(short):
+    figures, _ = short
+    for kind in ("as stored", "int32"):
+        pss = figures[f"2 ranks, {kind}: PSS at most"]
+        arena = figures[f"2 ranks, {kind}: PSS at most, the arena's pages alone"]
+        # Of 128 rows, which the engine has mapped as well.
+        assert 2 / 3 * 128 * 384 / (1 << 20) <= arena < pss + 0.01
+
+
+def test_what_reading_the_memory_takes_is_not_in_it(short):
+    figures, _ = short
+    packed = 2 * 130 * 12 * 8 / (1 << 20)  # both ranks: 65 rows of two records, 12 layers
+    assert figures["2 ranks, as stored: private at most"] < packed + 0.2
+
+
 def test_trainer_ranks_are_read(short):
     figures, _ = short
     for kind in ("native", "native, one by one", "as stored", "int32"):
