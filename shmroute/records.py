@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import LayoutMismatch
 from .opening import Opener, Record, SlotRecord
-from .releasing import as_many, is_sequence, records_of
+from .releasing import as_many, is_sequence
 from .sequences import Joined, join
 from .ticket import InlineRecord, SkimmedTicket, Ticket, skim_source
 
@@ -53,12 +53,15 @@ class Records:
             raise ValueError("a batch of no sources: of what shape would it be?")
 
     def _add(self, source: Any) -> None:
-        records = records_of(source)
-        if not records:
-            raise ValueError(f"source {len(self._turns)} is a sequence of no records")
         self._firsts.append(len(self._sources))
-        self._turns.append(len(records) if is_sequence(source) else None)
-        self._sources += map(skim_source, records)
+        if not is_sequence(source):
+            self._turns.append(None)
+            self._sources.append(skim_source(source))
+            return
+        if not source:
+            raise ValueError(f"source {len(self._turns)} is a sequence of no records")
+        self._turns.append(len(source))
+        self._sources += map(skim_source, source)
 
     def __getitem__(self, index: int) -> Record:
         record = self._opened.get(index)

@@ -73,6 +73,9 @@ def join(source: int, first_record: int, bounds: Sequence[tuple[int, int]]) -> J
     ValueError
         The turns are not in order, or rows between two of them are in neither.
     """
+    if len(bounds) == 1:  # most are, and all are joined before the first copy begins
+        ((start, tokens),) = bounds
+        return Joined((Turn(first_record, start, start, start + tokens),))
     for turn, ((start, tokens), (later, _)) in enumerate(itertools.pairwise(bounds)):
         if later < start:
             raise ValueError(
