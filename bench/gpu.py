@@ -95,7 +95,7 @@ class Rig:
         torch.cuda.synchronize()
 
     def collect(self, rid: str, tokens: int, slot: int = 0) -> bytes:
-        """What the hook does at a request's end."""
+        """A request's end, reserved by itself: an engine reserves for a step's together."""
         taken = self.gatherer.snapshot(self.pool, slot, 0, tokens)
         ids = self.ids[:tokens]
         return self.publisher.collect(

@@ -45,12 +45,15 @@ class Ended:
         """All that its record needs."""
         req, start, end = self.req, self.start, self.end
         prompt, output = req.origin_input_ids, req.output_ids
+        if req.session is not None:
+            prompt = prompt[:]  # the session's next turn takes the array over and changes it
+        prompt_tokens = len(prompt)
 
         def token_ids() -> npt.NDArray[np.int64]:
             # Called on another thread: slices copy under the interpreter lock, and no buffer of
             # a list that the scheduler may still append to is held open.
             ids = _as_array(prompt[:end])
-            rest = end - len(prompt)
+            rest = end - prompt_tokens
             if rest > 0:
                 ids = np.concatenate((ids, _as_array(output[:rest])))
             return ids[start:]
@@ -59,7 +62,7 @@ class Ended:
             rid=str(req.rid),
             start=start,
             tokens=end - start,
-            prompt_tokens=len(prompt),
+            prompt_tokens=prompt_tokens,
             locations=self.locations,
             token_ids=token_ids,
             native=self.native,

@@ -157,10 +157,12 @@ class Publisher:
         while ended:
             one = ended.popleft()
             try:
-                noted.append((one.req, one.finished()))
+                request = one.finished()
             except Exception as error:
                 self.counters.add("finished")
                 self.give_error(one.req, error)
+            else:
+                noted.append((one.req, request))
 
     def _issue_together(self) -> None:
         """Tickets for the first of those noted, in most steps for all of them.

@@ -137,6 +137,8 @@ ATTRIBUTES = {
     "sglang.srt.managers.schedule_batch.Req": (
         "output_ids",
         "finished_len",
+        "output_ids_through_stop",  # what the two above are read as
+        "session",
         "finished",
         "req_pool_idx" if _OLDER else "kv",
         "rid",

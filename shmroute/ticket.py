@@ -79,6 +79,17 @@ class Ticket(NamedTuple):
         )
 
 
+def _packing(packer: msgpack.Packer) -> Callable[[Any], bytes]:
+    """A packer's ``pack`` where several threads and signal handlers may call it, else ``packb``.
+
+    Kept, since a new packer for each ticket takes 256 KB for its buffer. A call of msgpack's
+    extension is one step of the interpreter. What msgpack is without it, is Python: two calls at
+    once would mix their bytes, and a ticket could name another's slot.
+    """
+    alone = type(packer).__module__.endswith("_cmsgpack")
+    return packer.pack if alone else msgpack.packb
+
+
 class ArenaTickets:
     """Makes the tickets of one arena: what all of them say is packed once.
 
@@ -108,9 +119,7 @@ class ArenaTickets:
             ]
         )
         self._behind = b"".join(map(pack.pack, behind))
-        # Kept: a new one for each ticket takes 256 KB for its buffer. One call of it is one step
-        # of the interpreter, so threads need no lock, and it is empty again behind an error.
-        self._packer = pack
+        self._pack = _packing(pack)
 
     def encode(
         self,
@@ -123,7 +132,7 @@ class ArenaTickets:
     ) -> bytes:
         """The envelope of one record's ticket."""
         # Without the first byte, which says that it is a list of five.
-        record: bytes = self._packer.pack((slot, generation, rid, start, tokens))[1:]
+        record: bytes = self._pack((slot, generation, rid, start, tokens))[1:]
         envelope = self._before + record + self._behind + _PACKED_COMPLETE[complete] + _NO_PAD
         if len(envelope) % 4 == 0:
             return envelope[: -len(_NO_PAD)] + _PAD

@@ -340,6 +340,9 @@ def _gather(
     finally:
         if kept:  # also when a later record failed: the earlier copies are under way
             inflight.hold(torch.cuda.current_stream(), kept)
+        if stream is not None:
+            # As torch's own copies do: a graph of autograd may have kept ``out``.
+            torch.autograd.graph.increment_version(packed)
 
 
 def _as_seen_by_gpu(words: torch.Tensor, device: torch.device) -> torch.Tensor:

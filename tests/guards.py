@@ -661,6 +661,28 @@ _BRIDGE = (
         ),
     ),
     Guard(
+        "a session's prompt, copied at its request's end",
+        "what the next turn does to it makes no row missing and no record fail",
+        "sglang_bridge/finished.py",
+        "            prompt = prompt[:]",
+        "            pass",
+        (
+            "bridge/test_collect.py::"
+            "test_a_session_s_next_turn_may_change_the_prompt_before_the_seal",
+        ),
+    ),
+    Guard(
+        "a packer of its own for each ticket, without msgpack's extension",
+        "a ticket names its own record's slot",
+        "shmroute/ticket.py",
+        "packer.pack if alone else msgpack.packb",
+        "packer.pack",
+        (
+            "store/test_tickets.py::"
+            "test_tickets_of_several_threads_do_not_mix_with_a_msgpack_that_is_all_python",
+        ),
+    ),
+    Guard(
         "what was noted, issued by whatever comes next",
         "a request whose response nobody made in its step is not lost, and keeps its rows",
         "sglang_bridge/publisher.py",

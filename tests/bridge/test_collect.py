@@ -259,6 +259,50 @@ def test_every_finished_request_is_counted_once_also_when_the_hook_fails(
     assert (counts["failed_requests"], counts["no_routes"], counts["hook_errors"]) == (2, 1, 2)
 
 
+def test_a_request_that_cannot_be_described_leaves_the_step_s_others_their_routes(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang_bridge import collect
+    from sglang_bridge.finished import Ended
+
+    finished = Ended.finished
+
+    def failing(self: Ended) -> Any:
+        if self.req.rid == "b":
+            raise RuntimeError("no description")
+        return finished(self)
+
+    monkeypatch.setattr(Ended, "finished", failing)
+    served = ended(scheduler, "a", "b", "c")
+    collect.flush()
+    check_rows([served[0], served[2]])
+    with pytest.raises(RouteFailed, match="no description"):
+        ShmRouteReader(envelope_of(served[1][0]))
+    counts = scheduler.counters
+    assert (counts["finished"], counts["ticketed"], counts["failed_requests"]) == (3, 2, 1)
+
+
+def test_a_session_s_next_turn_may_change_the_prompt_before_the_seal(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang gives the array itself to the next turn, which cuts it and writes on."""
+    held, judge = threading.Event(), scheduler.publisher._judge
+
+    def late(*arguments: Any) -> Any:
+        assert held.wait(30)
+        return judge(*arguments)
+
+    monkeypatch.setattr(scheduler.publisher, "_judge", late)
+    req, rows = scheduler.request("turn 2", prompt=20, output=5)
+    req.session = object()
+    ticket = collected(scheduler, req)
+    del req.origin_input_ids[10:]
+    req.origin_input_ids.extend(array("q", [1] * 40))
+    held.set()
+    with ShmRouteReader(ticket) as routes:
+        np.testing.assert_array_equal(routes.numpy(), rows[:-1])
+
+
 # -- when tickets are issued ---------------------------------------------------------------------
 
 

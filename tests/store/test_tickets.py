@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import msgpack
 import numpy as np
 import pytest
 from actors import add, is_intact, pattern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgpack import fallback
 
 from shmroute import (
     ArenaNotFound,
@@ -41,6 +45,28 @@ LARGEST = Ticket(
 FIXTURE_IS_SHARED = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200
 )
+
+
+def test_tickets_of_several_threads_do_not_mix_with_a_msgpack_that_is_all_python(monkeypatch):
+    """Its packers must not be shared: many steps of the interpreter fill their buffer."""
+    monkeypatch.setattr(msgpack, "Packer", fallback.Packer)
+    monkeypatch.setattr(msgpack, "packb", lambda given: fallback.Packer().pack(given))
+    made = ArenaTickets(boot_id(), "node", LARGEST.segment, 48, 8, "uint8")
+
+    def ticket_of(slot):
+        return made.encode(slot, 2 * slot + 2, f"rid-{slot}", 0, 9, None)
+
+    def tickets_of(slot):
+        return {ticket_of(slot) for _ in range(2000)}
+
+    expected = [{ticket_of(slot)} for slot in range(4)]
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(tickets_of, range(4))) == expected
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def test_the_largest_ticket_of_a_64_byte_rid_has_at_most_256_bytes():
