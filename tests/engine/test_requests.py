@@ -30,7 +30,8 @@ MESSAGES = [{"role": "user", "content": "Which experts does this take?"}]
 
 @pytest.fixture(scope="module")
 def served(engines: Engines, checkpoint: Callable[[str], Path]) -> Iterator[Traffic]:
-    with engines.serve("requests", checkpoint("qwen3-32"), ending="kill") as traffic:
+    arguments = "requests", checkpoint("qwen3-32"), "--enable-streaming-session"
+    with engines.serve(*arguments, ending="kill") as traffic:
         yield traffic
 
 
@@ -154,6 +155,26 @@ def test_requests_behind_a_cached_prefix_have_rows_of_the_prefix_too(served: Tra
     for reply in replies:
         assert reply.meta["cached_tokens"] >= 96
         np.testing.assert_array_equal(served.routes(reply).rows[:96], rows[:96])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["a tree of turns", "streaming"])
+def test_each_turn_of_a_session_has_the_rows_of_all_its_tokens(
+    served: Traffic, streaming: bool
+) -> None:
+    """Only what is new is sent. A streaming session's turns share one array of token ids."""
+    session = served.post("/open_session", {"capacity_of_str_len": 4096, "streaming": streaming})
+    tokens: list[int] = []
+    earlier, rid = None, None
+    for turn in range(4):
+        body = native_request(served.prompt(20 + turn))
+        body["session_params"] = {"id": session.json(), "rid": rid}
+        reply = Reply(tokens + body["input_ids"], served.post("/generate", body).json())
+        rows = served.routes(reply).rows
+        assert len(rows) == len(tokens) + 20 + turn + 24 - 1
+        if earlier is not None:
+            np.testing.assert_array_equal(rows[: len(earlier)], earlier)
+        tokens, earlier, rid = reply.tokens, rows, reply.rid
+    served.post("/close_session", {"session_id": session.json()})
 
 
 @pytest.mark.parametrize("part", ["nothing", "half the prompt", "the whole prompt"])
