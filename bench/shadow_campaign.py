@@ -1,6 +1,6 @@
 """The real engine against its own native path, bit for bit, and with faults put in.
 
-    python bench/shadow_campaign.py CASE... --json PATH       (``--help`` lists the cases)
+    python bench/shadow_campaign.py CASE... --json PATH [--quick]     (``--help`` lists the cases)
 
 Each case starts one engine in shadow mode: SGLang's own host cache keeps running, and every
 record is compared with it row by row inside the engine. The traffic mixes what moves KV
@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 import result_file
 import shadow_faults
+from engine_process import CPU_ENV
 from engine_setup import has_gpu, write_model
 from result_file import Row
-from shadow_traffic import Client, attention_ranks, bulk, mixed, paused, reuse
+from shadow_traffic import QUICK, Client, attention_ranks, bulk, mixed, paused, reuse
 from small_models import deepseek_v3, qwen3_moe
 
 import shmroute
@@ -228,7 +229,7 @@ def arguments_for(case: Case, model: Path, arena: str) -> dict[str, Any]:
     return common | case.arguments
 
 
-def run_case(name: str) -> list[Row]:
+def run_case(name: str, *, quick: bool) -> list[Row]:
     """Serve one case and judge it by the engine's own counters."""
     case, arena = CASES[name], f"shadow-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -237,7 +238,7 @@ def run_case(name: str) -> list[Row]:
         model = case.model(Path(folder))
         engine = shadow_faults.engine(case.faults)(**arguments_for(case, model, arena))
         try:
-            client = Client(engine, model, allow_missing=case.finds)
+            client = Client(engine, model, allow_missing=case.finds, quick=quick)
             began = time.monotonic()
             case.traffic(client)
             seconds = time.monotonic() - began
@@ -247,8 +248,9 @@ def run_case(name: str) -> list[Row]:
             shmroute.reap(arena, force=True)
         waits = snapshot_waits(name, timings)
     print(name, json.dumps(arenas), flush=True)
+    least = case.rows // QUICK if quick else case.rows
     judged = [
-        *judge(name, case, client, total(arenas), seconds),
+        *judge(name, case, least, client, total(arenas), seconds),
         *each_rank(name, case, client, arenas),
     ]
     return [*judged, *waits]
@@ -293,13 +295,15 @@ def total(arenas: Sequence[Counters]) -> Counters:
 def judge(
     name: str,
     case: Case,
+    least: int,
     client: Client,
     counters: Counters,
     seconds: float,
 ) -> list[Row]:
+    """What the counters say; ``least`` rows must have been compared."""
     counted = sum(counters[part] for part in ("ticketed", "inline", "failed_requests", "no_routes"))
     rows = [
-        Row(f"{name}: rows compared", counters["shadow_rows"], "rows", case.rows, "min"),
+        Row(f"{name}: rows compared", counters["shadow_rows"], "rows", least, "min"),
         Row(f"{name}: requests", client.requests, "requests"),
         Row(f"{name}: unaccounted requests", abs(counters["finished"] - counted), "", 0, "max"),
         Row(f"{name}: seconds of traffic", round(seconds, 1), "s"),
@@ -350,19 +354,25 @@ def main(argv: Iterable[str] | None = None) -> int:
     described = "; ".join(f"{name}: {case.about}" for name, case in CASES.items())
     parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE", help=described)
     parser.add_argument("--json", type=Path, help="write the result file")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"an engine for each case, 1/{QUICK} of the requests"
+    )
     parser.add_argument("--parallel", type=int, default=1, help="small cases at a time")
     parser.add_argument("--logs", type=Path, help="folder for each case's output")
     options = parser.parse_args(argv if argv is None else list(argv))
-    command = shlex.join(["python", "bench/shadow_campaign.py", *options.cases])
+    if not has_gpu():
+        os.environ.update(CPU_ENV)
+    quick = ["--quick"] * options.quick
+    command = shlex.join(["python", "bench/shadow_campaign.py", *options.cases, *quick])
     if len(options.cases) == 1 and not options.logs:
-        return _report(run_case(options.cases[0]), options.json, command)
+        return _report(run_case(options.cases[0], quick=options.quick), options.json, command)
     with (
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(options.parallel) as workers,
     ):
         logs = options.logs or Path(folder)
         rows: list[Row] = []
-        for found in workers.map(lambda name: _in_child(name, logs), options.cases):
+        for found in workers.map(lambda name: _in_child(name, logs, *quick), options.cases):
             rows += found
             _report(rows, options.json, command, quiet=True)
     return _report(rows, options.json, command)
@@ -376,13 +386,13 @@ def _report(rows: list[Row], path: Path | None, command: str, *, quiet: bool = F
     return result_file.exit_code(rows)
 
 
-def _in_child(name: str, logs: Path) -> list[Row]:
+def _in_child(name: str, logs: Path, *arguments: str) -> list[Row]:
     """A process for each: SGLang keeps state of its own, and the bridge is set up once."""
     logs.mkdir(parents=True, exist_ok=True)
     result, log = logs / f"shadow-{name}.json", logs / f"shadow-{name}.log"
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, __file__, name, "--json", str(result)],
+            [sys.executable, __file__, name, "--json", str(result), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -22,9 +22,18 @@ from shmroute.ticket import Ticket, decode
 
 Outputs = list[dict[str, Any]]
 
+QUICK = 8  # of so many requests one is sent
+
 
 class Client:
     """Requests to the engine; every record is opened, checked and released.
+
+    Parameters
+    ----------
+    allow_missing
+        Records with missing rows are opened, too.
+    quick
+        Fewer requests at once.
 
     Attributes
     ----------
@@ -34,14 +43,24 @@ class Client:
     """
 
     def __init__(
-        self, engine: Any, model: Path, *, allow_missing: bool = False, seed: int = 0
+        self,
+        engine: Any,
+        model: Path,
+        *,
+        allow_missing: bool = False,
+        quick: bool = False,
+        seed: int = 0,
     ) -> None:
         self.engine, self.model = engine, model
-        self._allow_missing = allow_missing
+        self._allow_missing, self._quick = allow_missing, quick
         self.random = np.random.default_rng(seed)
         self._vocabulary = int(json.loads((model / "config.json").read_text())["vocab_size"])
         self.rows = self.requests = self.failed = self.inline = 0
         self.agreement: dict[str, float] = {}
+
+    def some(self, count: int) -> range:
+        """So many, or with ``quick`` a part of them, at least two."""
+        return range(max(2, count // QUICK) if self._quick else count)
 
     def prompt(self, length: int) -> list[int]:
         return list(map(int, self.random.integers(3, self._vocabulary, length)))
@@ -125,39 +144,36 @@ def mixed(client: Client) -> None:
     """Prefix hits, two turns, chunked prefills, streams, 256 at once, retraction."""
     shared = [client.prompt(n) for n in (64, 150, 400, 901)]
     prompts = [
-        shared[i % 4] + client.prompt(int(client.random.integers(1, 120))) for i in range(256)
+        shared[i % 4] + client.prompt(int(client.random.integers(1, 120))) for i in client.some(256)
     ]
     first = client.send(prompts, [int(n) for n in client.random.integers(1, 90, len(prompts))])
-    turns = [
-        prompt + reply["output_ids"] + client.prompt(17)
-        for prompt, reply in zip(prompts[:96], first[:96], strict=True)
-    ]
-    client.send(turns[:48], 24)
-    client.send(turns[48:], 24, start=min(map(len, turns[48:])) - 10)
-    client.send([client.prompt(n) for n in (3001, 2048, 2047, 1537)], 8)
-    client.stream([shared[i % 4] + client.prompt(30) for i in range(32)], 40)
-    client.send([client.prompt(40) for _ in range(256)], 300)
+    turns = [prompts[i] + first[i]["output_ids"] + client.prompt(17) for i in client.some(96)]
+    half = len(turns) // 2
+    client.send(turns[:half], 24)
+    client.send(turns[half:], 24, start=min(map(len, turns[half:])) - 10)
+    client.send([client.prompt((3001, 2048, 2047, 1537)[i]) for i in client.some(4)], 8)
+    client.stream([shared[i % 4] + client.prompt(30) for i in client.some(32)], 40)
+    client.send([client.prompt(40) for _ in client.some(256)], 300)
     same = client.prompt(333)
-    client.send([same] * 24, 12)
+    client.send([same for _ in client.some(24)], 12)
 
 
 def reuse(client: Client) -> None:
     """Short requests through a pool of KV locations that holds a few of them."""
     for _ in range(6):
-        client.send([client.prompt(24) for _ in range(120)], 9)
+        client.send([client.prompt(24) for _ in client.some(120)], 9)
 
 
 def bulk(client: Client) -> None:
     """Many tokens at full width: long prompts, a full batch, second turns, shared prefixes."""
-    long_prompts = [client.prompt(8000) for _ in range(48)]
-    for begin in range(0, 48, 16):
-        client.send(long_prompts[begin : begin + 16], 16)
-    replies = client.send([client.prompt(256) for _ in range(160)], 64)
+    for _ in range(3):
+        client.send([client.prompt(8000) for _ in client.some(16)], 16)
+    replies = client.send([client.prompt(256) for _ in client.some(160)], 64)
     client.send([client.prompt(100) + reply["output_ids"] for reply in replies], 32)
     shared = client.prompt(7900)
     for _ in range(2):
-        client.send([shared + client.prompt(200) for _ in range(34)], 16)
-    client.stream([client.prompt(500) for _ in range(32)], 32)
+        client.send([shared + client.prompt(200) for _ in client.some(34)], 16)
+    client.stream([client.prompt(500) for _ in client.some(32)], 32)
 
 
 def attention_ranks(client: Client) -> None:
