@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -90,6 +90,23 @@ def inodes_in_use(pid: int) -> set[int]:
                 if link.readlink().parent == SHARED_MEMORY:
                     inodes.add(link.stat().st_ino)
     return inodes
+
+
+def processes_of(session: int) -> Iterator[psutil.Process]:
+    """Live processes of a session, whatever became of their parents."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == session:
+                yield process
+
+
+def sglang_files(inodes: Collection[int]) -> set[str]:
+    """Files of SGLang's own kinds in /dev/shm among those with these inodes."""
+    return {
+        name
+        for name, inode in shared_memory_files().items()
+        if inode in inodes and SGLANG_FILES.match(name)
+    }
 
 
 class ServerProcess:
@@ -231,11 +248,9 @@ class ServerProcess:
 
     def observe(self) -> set[int]:
         """Note the server's live processes and the shared-memory files they use."""
-        for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.Error):
-                if os.getsid(process.pid) == self.pid:
-                    self._processes.add(process)
-                    self._inodes |= inodes_in_use(process.pid) - self._before
+        for process in processes_of(self.pid):
+            self._processes.add(process)
+            self._inodes |= inodes_in_use(process.pid) - self._before
         return {process.pid for process in self._processes if process.is_running()}
 
     def post(self, path: str, body: Mapping[str, Any], timeout: float = 300.0) -> Any:
@@ -285,11 +300,7 @@ class ServerProcess:
 
     def leftovers(self) -> set[str]:
         """Files of SGLang's own kinds that this server's processes made and left."""
-        return {
-            name
-            for name, inode in shared_memory_files().items()
-            if inode in self._inodes and SGLANG_FILES.match(name)
-        }
+        return sglang_files(self._inodes)
 
     def stop(self, keep_log: bool = False) -> None:
         """Kill the server and remove what SGLang left; calling it twice is harmless."""

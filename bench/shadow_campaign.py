@@ -33,7 +33,14 @@ from typing import Any
 import numpy as np
 import result_file
 import shadow_faults
-from engine_process import CPU_ENV
+from engine_process import (
+    CPU_ENV,
+    SHARED_MEMORY,
+    inodes_in_use,
+    processes_of,
+    sglang_files,
+    shared_memory_files,
+)
 from engine_setup import has_gpu, write_model
 from result_file import Row
 from shadow_traffic import QUICK, Client, attention_ranks, bulk, mixed, paused, reuse
@@ -359,12 +366,13 @@ def main(argv: Iterable[str] | None = None) -> int:
     )
     parser.add_argument("--parallel", type=int, default=1, help="small cases at a time")
     parser.add_argument("--logs", type=Path, help="folder for each case's output")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv if argv is None else list(argv))
     if not has_gpu():
         os.environ.update(CPU_ENV)
     quick = ["--quick"] * options.quick
     command = shlex.join(["python", "bench/shadow_campaign.py", *options.cases, *quick])
-    if len(options.cases) == 1 and not options.logs:
+    if options.here:
         return _report(run_case(options.cases[0], quick=options.quick), options.json, command)
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -390,19 +398,20 @@ def _in_child(name: str, logs: Path, *arguments: str) -> list[Row]:
     """A process for each: SGLang keeps state of its own, and the bridge is set up once."""
     logs.mkdir(parents=True, exist_ok=True)
     result, log = logs / f"shadow-{name}.json", logs / f"shadow-{name}.log"
+    before, used = set(shared_memory_files().values()), set[int]()
     with log.open("wb") as output:
         child = subprocess.Popen(
-            [sys.executable, __file__, name, "--json", str(result), *arguments],
+            [sys.executable, __file__, name, "--here", "--json", str(result), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            code = child.wait(_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = -1
+            code = _follow(child, used)
         finally:
             _end(child)
+            for left in sglang_files(used - before):
+                (SHARED_MEMORY / left).unlink(missing_ok=True)
     text = log.read_text(errors="replace")
     retractions = Row(f"{name}: retractions", text.count(_RETRACTION), "")
     if not result.exists():
@@ -411,6 +420,19 @@ def _in_child(name: str, logs: Path, *arguments: str) -> list[Row]:
     shown = json.loads(result.read_text())["rows"]
     fields = [{key: value for key, value in row.items() if key != "ok"} for row in shown]
     return [*(Row(**one) for one in fields), retractions]
+
+
+def _follow(child: subprocess.Popen[bytes], used: set[int]) -> int:
+    """Wait for a case, and note what its processes use in /dev/shm; its exit code, -1 if it takes
+    too long.
+    """
+    until = time.monotonic() + _SECONDS
+    while time.monotonic() < until:
+        for process in processes_of(child.pid):
+            used |= inodes_in_use(process.pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.wait(1.0)
+    return -1
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
