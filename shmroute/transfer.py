@@ -340,7 +340,8 @@ def _gather(
     finally:
         if kept:  # also when a later record failed: the earlier copies are under way
             inflight.hold(torch.cuda.current_stream(), kept)
-        if stream is not None:
+        # Before 2.6 torch refuses this for tensors of inference mode, which have no version.
+        if stream is not None and not packed.is_inference():
             # As torch's own copies do: a graph of autograd may have kept ``out``.
             torch.autograd.graph.increment_version(packed)
 
