@@ -100,13 +100,11 @@ def processes_of(session: int) -> Iterator[psutil.Process]:
                 yield process
 
 
-def sglang_files(inodes: Collection[int]) -> set[str]:
-    """Files of SGLang's own kinds in /dev/shm among those with these inodes."""
-    return {
-        name
-        for name, inode in shared_memory_files().items()
-        if inode in inodes and SGLANG_FILES.match(name)
-    }
+def remove_sglang_files(inodes: Collection[int]) -> None:
+    """Remove files of SGLang's own kinds in /dev/shm among those with these inodes."""
+    for name, inode in shared_memory_files().items():
+        if inode in inodes and SGLANG_FILES.match(name):
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
 class ServerProcess:
@@ -298,16 +296,11 @@ class ServerProcess:
         except psutil.NoSuchProcess:
             return False
 
-    def leftovers(self) -> set[str]:
-        """Files of SGLang's own kinds that this server's processes made and left."""
-        return sglang_files(self._inodes)
-
     def stop(self, keep_log: bool = False) -> None:
         """Kill the server and remove what SGLang left; calling it twice is harmless."""
         if self._child is None:
             return
         self.kill9_tree()
-        for name in self.leftovers():
-            (SHARED_MEMORY / name).unlink(missing_ok=True)
+        remove_sglang_files(self._inodes)
         if self._own_log and not keep_log and self._log_path is not None:
             self._log_path.unlink(missing_ok=True)

@@ -12,14 +12,8 @@ from typing import Any
 
 from result_file import validate
 
-_HARDWARE = {
-    "cpu",
-    "cores",
-    "gpu",
-    "driver",
-    "kernel",
-    "python",
-}  # what else is there, are versions
+# What else a machine states are versions.
+_HARDWARE = {"cpu", "cores", "gpu", "driver", "kernel", "python"}
 _SHOWN = {"sglang": "SGLang"}
 
 

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +34,12 @@ from typing import Any
 import numpy as np
 import result_file
 import shadow_faults
+from bench_command import end_in_good_order
 from engine_process import (
     CPU_ENV,
-    SHARED_MEMORY,
     inodes_in_use,
     processes_of,
-    sglang_files,
+    remove_sglang_files,
     shared_memory_files,
 )
 from engine_setup import has_gpu, write_model
@@ -53,6 +54,7 @@ Counters = dict[str, int]
 
 _SECONDS = 300
 _RETRACTION = "Retract requests"
+_interrupted = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -374,15 +376,21 @@ def main(argv: Iterable[str] | None = None) -> int:
     command = shlex.join(["python", "bench/shadow_campaign.py", *options.cases, *quick])
     if options.here:
         return _report(run_case(options.cases[0], quick=options.quick), options.json, command)
+    end_in_good_order()
     with (
         tempfile.TemporaryDirectory() as folder,
         ThreadPoolExecutor(options.parallel) as workers,
     ):
         logs = options.logs or Path(folder)
         rows: list[Row] = []
-        for found in workers.map(lambda name: _in_child(name, logs, *quick), options.cases):
-            rows += found
-            _report(rows, options.json, command, quiet=True)
+        try:
+            for found in workers.map(lambda name: _in_child(name, logs, *quick), options.cases):
+                rows += found
+                _report(rows, options.json, command, quiet=True)
+        except BaseException:
+            _interrupted.set()  # leaving the pool waits for its threads, and these for their cases
+            workers.shutdown(wait=False, cancel_futures=True)
+            raise
     return _report(rows, options.json, command)
 
 
@@ -410,8 +418,7 @@ def _in_child(name: str, logs: Path, *arguments: str) -> list[Row]:
             code = _follow(child, used)
         finally:
             _end(child)
-            for left in sglang_files(used - before):
-                (SHARED_MEMORY / left).unlink(missing_ok=True)
+            remove_sglang_files(used - before)
     text = log.read_text(errors="replace")
     retractions = Row(f"{name}: retractions", text.count(_RETRACTION), "")
     if not result.exists():
@@ -424,10 +431,10 @@ def _in_child(name: str, logs: Path, *arguments: str) -> list[Row]:
 
 def _follow(child: subprocess.Popen[bytes], used: set[int]) -> int:
     """Wait for a case, and note what its processes use in /dev/shm; its exit code, -1 if it takes
-    too long.
+    too long or the campaign is interrupted.
     """
     until = time.monotonic() + _SECONDS
-    while time.monotonic() < until:
+    while time.monotonic() < until and not _interrupted.is_set():
         for process in processes_of(child.pid):
             used |= inodes_in_use(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
