@@ -79,6 +79,20 @@ def flush() -> None:
         publisher.flush()
 
 
+def idle() -> None:
+    """The scheduler has found nothing to do."""
+    publisher = _publisher()
+    if publisher is not None:
+        publisher.let_the_sealer_run()
+
+
+def paused() -> None:
+    """The scheduler does nothing until it is told to go on, and does not say that it is idle."""
+    publisher = _publisher()
+    if publisher is not None:
+        publisher.wait_for_the_sealer()
+
+
 def issue(req: Any) -> None:
     """A response is about to be made: it finds its ticket if it is a finished request's.
 

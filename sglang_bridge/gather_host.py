@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 
 from .finished import Finished, Gathered, Job
-from .interpreter import Insistence
 from .table import RouteTable
 
 
@@ -102,14 +101,12 @@ class HostGatherer:
     def _loop(self) -> None:
         while (work := self._work.get()) is not None:
             jobs, gathered = work
-            with Insistence() as insistence:
-                try:
-                    for job in jobs:
-                        insistence.follow(self.idle)
-                        self._gather(job)
-                finally:
-                    gathered.set()
-                self._hand_over(_InPlace(jobs))
+            try:
+                for job in jobs:
+                    self._gather(job)
+            finally:
+                gathered.set()
+            self._hand_over(_InPlace(jobs))
         self._hand_over(None)
 
     def _gather(self, job: Job) -> None:

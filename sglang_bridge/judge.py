@@ -13,7 +13,7 @@ from shmroute import WeightRun
 from shmroute.metadata import ranges_of, weight_runs
 
 from .finished import Finished
-from .tags import epochs_of, expected_places, wrong_rows
+from .tags import are_all_right, epochs_of, expected_places, wrong_rows
 
 logger = logging.getLogger("shmroute")
 
@@ -54,6 +54,8 @@ def judge(
     places = expected_places(request.token_ids(), request.start, vocabulary)
     if len(places) != request.tokens:
         raise RuntimeError(f"{len(places)} token ids for {request.tokens} rows")
+    if are_all_right(tags, places):
+        return Verdict((), weight_runs(epochs_of(tags[:1], epoch), label))
     wrong = wrong_rows(tags, places)
     epochs = epochs_of(tags, epoch)
     if wrong.any():

@@ -31,6 +31,10 @@ Promises kept here
       requests of the step. ``finished = ticketed + inline + failed + no_routes``.
     - Never in the way: sealing is Python in the engine's own process, so between two records
       the sealer lets go of the interpreter.
+    - Never held up for nothing: an idle scheduler thread looks for work without end, and lets go
+      of the interpreter for instants in which no other thread wakes up; each of those that seal
+      got it back after milliseconds. So that thread sleeps where it has nothing to do and records
+      are to be sealed (``let_the_sealer_run``, and ``wait_for_the_sealer`` where it is paused).
 """
 
 from __future__ import annotations
@@ -55,7 +59,6 @@ from shmroute.ticket import RID_BYTES_MAX, failed_ticket
 from .epochs import WeightEpochs
 from .errors import DeviceError
 from .finished import Ended, Finished, Gathered, Gatherer, Job
-from .interpreter import Insistence
 from .judge import Verdict, judge
 from .shadow import Shadow
 from .ticket_tensor import plain_tensor
@@ -65,6 +68,8 @@ logger = logging.getLogger("shmroute")
 _WARNING_SECONDS = 1.0
 # The sealer's pause before each record, and how long it waits for a step's requests to end.
 _PAUSE, _PATIENCE = 50e-6, 0.02
+# How long an idle scheduler thread sleeps at a time, and a paused one at most.
+_IDLE_SLEEP, _PAUSED_SLEEP_MAX = 0.5e-3, 0.25
 
 
 class Publisher:
@@ -110,6 +115,8 @@ class Publisher:
         self._pending: list[Job] = []
         self._pending_bytes, self._row_bytes = 0, routes.row_bytes
         self._last: Reservation | None = None
+        # Records handed over and records settled, since each is counted by one thread.
+        self._handed_over = self._settled = 0
         self._broken = False
         self._unsaid, self._next_warning = 0, 0.0
         # None ends the sealer.
@@ -251,11 +258,23 @@ class Publisher:
         if not self._pending:
             return
         self.counters.add("publish_calls")
+        self._handed_over += len(self._pending)
         try:
             self.gatherer.submit(self._pending)
         finally:
             # Only now: while there is something pending, the sealer leaves the interpreter alone.
             self._pending, self._pending_bytes = [], 0
+
+    def let_the_sealer_run(self) -> None:
+        """Sleep for a moment if there is something to seal: this thread has nothing to do."""
+        if self._settled != self._handed_over:
+            time.sleep(_IDLE_SLEEP)
+
+    def wait_for_the_sealer(self) -> None:
+        """Sleep until all is sealed, or for a quarter of a second: the engine is paused."""
+        end = time.monotonic() + _PAUSED_SLEEP_MAX
+        while self._settled != self._handed_over and time.monotonic() < end:
+            time.sleep(_IDLE_SLEEP)
 
     def _when_full(self, request: Finished, full: ArenaFull) -> bytes:
         self._warn_full(request, full)
@@ -309,18 +328,16 @@ class Publisher:
 
     def _seal_loop(self) -> None:
         while (gathered := self._to_seal.get()) is not None:
-            with Insistence() as insistence:
-                insistence.follow(self.gatherer.idle)
-                gathered.wait()
-                for job in gathered.jobs:
-                    insistence.follow(self.gatherer.idle)
-                    self._let_the_scheduler_run()
-                    try:
-                        self._seal(job)
-                    except Exception as error:
-                        self._give_up(job, error)
-                gathered.done()
-                self._maintain()
+            gathered.wait()
+            for job in gathered.jobs:
+                self._let_the_scheduler_run()
+                try:
+                    self._seal(job)
+                except Exception as error:
+                    self._give_up(job, error)
+                self._settled += 1
+            gathered.done()
+            self._maintain()
 
     def _maintain(self) -> None:
         try:

@@ -44,6 +44,8 @@ def register() -> None:
     sites.hook(sites.COLLECT, _collect, "AROUND")
     for site in (sites.DECODED, sites.PREFILLED):
         sites.hook(site, _step_processed, "AFTER")
+    sites.hook(sites.IDLE, _idle, "BEFORE")
+    sites.hook(sites.PAUSED, _paused, "AFTER")
     sites.hook(sites.STREAMED, _streamed, "BEFORE")
     sites.hook(sites.ABORTED, _sent if is_older() else _aborted, "BEFORE")
     for site in sites.UPDATES:
@@ -90,6 +92,14 @@ def _collect(_original: Callable[..., Any], processor: Any, req: Any) -> None:
 
 def _step_processed(_result: None, *_arguments: Any, **_options: Any) -> None:
     collect.flush()
+
+
+def _idle(_scheduler: Any) -> None:
+    collect.idle()
+
+
+def _paused(_result: None, *_arguments: Any, **_options: Any) -> None:
+    collect.paused()
 
 
 def _streamed(_accumulator: Any, *, req: Any) -> None:

@@ -52,6 +52,8 @@ FORWARD = Site(
 COLLECT = Site(_PROCESSOR + "_maybe_collect_routed_experts", ("self", "req"))
 DECODED = Site(_PROCESSOR + "process_batch_result_decode", ("self", "batch", "result"))
 PREFILLED = Site(_PROCESSOR + "process_batch_result_prefill", ("self", "batch", "result"))
+IDLE = Site(_MANAGERS + "scheduler.Scheduler.on_idle", ("self",))
+PAUSED = Site(_MANAGERS + "scheduler.Scheduler.pause_generation", ("self", "recv_req"))
 STREAMED = Site(
     _PARTS + "output_streamer._GenerationStreamAccumulator.accept",
     ("self", "req"),
@@ -119,8 +121,8 @@ USED = (
     ),
 )
 SCHEDULER = (
-    CREATE, CREATED, FORWARD, COLLECT, DECODED, PREFILLED, STREAMED, ABORTED, *RENAMED, *UPDATES,
-    RELEASE_MEMORY, RESUME_MEMORY,
+    CREATE, CREATED, FORWARD, COLLECT, DECODED, PREFILLED, IDLE, PAUSED, STREAMED, ABORTED,
+    *RENAMED, *UPDATES, RELEASE_MEMORY, RESUME_MEMORY,
 )  # fmt: skip
 LAUNCHER = (RESOLVE, CHAT, COMPLETION, KILLED)
 

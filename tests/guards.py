@@ -759,6 +759,33 @@ _BRIDGE = (
         ("bridge/test_tags.py::test_another_position_is_noticed",),
     ),
     Guard(
+        "every tag in the short check",
+        "a record is only taken to be all right where each row is",
+        "sglang_bridge/tags.py",
+        "return expected.tobytes() == tags.tobytes()",
+        "return expected[:1].tobytes() == tags[:1].tobytes()",
+        ("bridge/test_judge.py::test_another_token_s_row_is_missing_whatever_its_epoch",),
+    ),
+    Guard(
+        "the epochs in the short check",
+        "rows of several weights are told apart",
+        "sglang_bridge/tags.py",
+        "return expected.tobytes() == tags.tobytes()",
+        "return places.tobytes() == (tags & _PLACE_MASK).tobytes()",
+        ("bridge/test_judge.py::test_rows_that_all_fit_are_complete_and_have_their_epochs_runs",),
+    ),
+    Guard(
+        "an idle scheduler thread that lets go",
+        "records that finish together are not sealed milliseconds apart",
+        "sglang_bridge/publisher.py",
+        "        if self._settled != self._handed_over:\n            time.sleep(_IDLE_SLEEP)\n",
+        "        pass\n",
+        (
+            "bridge/test_publisher.py::"
+            "test_an_idle_scheduler_thread_sleeps_while_there_is_something_to_seal",
+        ),
+    ),
+    Guard(
         "the weight epoch in the tag",
         "each row is told to come from the weights that computed it",
         "sglang_bridge/tags.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from array import array
 from collections.abc import Iterable, Iterator
@@ -598,33 +597,33 @@ def test_while_requests_are_noted_sealing_waits(
         assert routes.tokens == 24
 
 
-@pytest.mark.parametrize("under_way", [False, True], ids=["idle", "in a forward"])
-def test_only_an_idle_engine_is_made_to_let_go_of_the_interpreter(
-    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, under_way: bool
+def test_what_an_idle_or_paused_scheduler_does_reaches_the_publisher(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sglang_bridge import collect
+    from sglang_bridge import scheduler as hooks
 
-    usual, seen = sys.getswitchinterval(), []
-    publisher = scheduler.publisher
-    seal = publisher._seal
+    called = []
+    for name in ("let_the_sealer_run", "wait_for_the_sealer"):
+        monkeypatch.setattr(scheduler.publisher, name, lambda name=name: called.append(name))
+    hooks._idle(scheduler)
+    hooks._paused(None, scheduler, object())
+    assert called == ["let_the_sealer_run", "wait_for_the_sealer"]
 
-    def noted(job: object) -> None:
-        seen.append(sys.getswitchinterval())
-        seal(job)
 
-    monkeypatch.setattr(publisher, "_seal", noted)
-    if under_way:
-        publisher.gatherer.forward_begins()
-    ((req, _),) = ended(scheduler, "r")
-    collect.flush()
-    with ShmRouteReader(envelope_of(req)) as routes:
-        assert routes.tokens == 24
-    (interval,) = seen
-    assert (interval == usual) is under_way
-    number = publisher.gatherer.forward_begins()
-    assert not publisher.gatherer.idle
-    publisher.gatherer.result_processed(number)
-    assert publisher.gatherer.idle
+def test_without_an_arena_an_idle_scheduler_goes_on_as_ever(sglang: SimpleNamespace) -> None:
+    from sglang_bridge import scheduler as hooks
+
+    sglang.set_global_experts_capturer(None)
+    hooks._idle(None)
+    hooks._paused(None, None, object())
+
+
+def test_an_engine_is_idle_where_no_forward_is_under_way(scheduler: Scheduler) -> None:
+    gatherer = scheduler.publisher.gatherer
+    number = gatherer.forward_begins()
+    assert not gatherer.idle
+    gatherer.result_processed(number)
+    assert gatherer.idle
 
 
 # -- shadow mode, and token ids -------------------------------------------------------------------

@@ -8,10 +8,19 @@ import numpy as np
 import pytest
 import torch
 from forwards import VOCABULARY
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sglang_bridge.finished import Finished
 from sglang_bridge.judge import Verdict, judge
-from sglang_bridge.tags import INVALID, make_tags
+from sglang_bridge.tags import (
+    INVALID,
+    are_all_right,
+    epochs_of,
+    expected_places,
+    make_tags,
+    wrong_rows,
+)
 
 IDS = np.arange(100, 112)
 
@@ -70,6 +79,23 @@ def test_another_token_s_row_is_missing_whatever_its_epoch() -> None:
     ids = IDS.copy()
     ids[7] += 1
     assert verdict(tags_of([1] * 12), ids=ids).missing == ((7, 8),)
+
+
+@given(st.data())
+def test_the_short_check_agrees_with_the_long_one(data: st.DataObject) -> None:
+    """Most records are right in every row and of one epoch, and are not looked at row by row."""
+    count = data.draw(st.integers(1, 8))
+    start = data.draw(st.integers(0, 5))
+    tokens = st.integers(-1, VOCABULARY + 1)
+    ids = np.array(data.draw(st.lists(tokens, min_size=count, max_size=count)), dtype=np.int64)
+    tags = make_tags(
+        torch.from_numpy(ids), torch.arange(start, start + count), 3, VOCABULARY
+    ).numpy()
+    for row in data.draw(st.lists(st.integers(0, count - 1), max_size=2)):
+        tags[row] = data.draw(st.sampled_from([INVALID, tags[row] + 1, tags[row] + (1 << 46)]))
+    places = expected_places(ids, start, VOCABULARY)
+    wrong, epochs = wrong_rows(tags, places), epochs_of(tags, 5)
+    assert are_all_right(tags, places) == (not wrong.any() and len(set(epochs.tolist())) == 1)
 
 
 def test_a_request_without_a_token_id_for_each_row_is_an_error() -> None:

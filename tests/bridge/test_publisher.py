@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -504,26 +503,112 @@ def test_a_step_that_stays_pending_holds_up_sealing_only_so_long(make_bridge: Ma
         ShmRouteReader(pending, timeout=0)
 
 
-@pytest.mark.parametrize("idle", [True, False])
-def test_from_record_to_record_the_sealer_insists_on_the_interpreter_while_the_engine_is_idle(
-    make_bridge: Make, monkeypatch: pytest.MonkeyPatch, idle: bool
+class Sleeps:
+    """In place of ``time`` in the publisher: notes how long the thread that asks slept."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self.taken: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        if threading.get_ident() == self._thread:
+            self.taken.append(seconds)
+        time.sleep(seconds)
+
+
+@pytest.fixture
+def sleeps(monkeypatch: pytest.MonkeyPatch) -> Sleeps:
+    noted = Sleeps()
+    monkeypatch.setattr("sglang_bridge.publisher.time", noted)
+    return noted
+
+
+def hold_sealing(bridge: Bridge, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """What is to be sealed waits until this is set."""
+    held, seal = threading.Event(), bridge.publisher._seal
+
+    def late(job: Job) -> None:
+        assert held.wait(20)
+        seal(job)
+
+    monkeypatch.setattr(bridge.publisher, "_seal", late)
+    return held
+
+
+def settle(bridge: Bridge, records: int) -> None:
+    deadline = time.monotonic() + 20
+    while bridge.publisher._settled < records and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert bridge.publisher._settled == records
+
+
+def test_an_idle_scheduler_thread_sleeps_while_there_is_something_to_seal(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps
 ) -> None:
-    """An end of it between two of them lets an idle scheduler thread have it for 5 ms."""
-    bridge, usual, between = make_bridge(), sys.getswitchinterval(), []
+    """Its loop looks for work without end, and the sealer would get the interpreter back late."""
+    bridge = make_bridge()
     publisher = bridge.publisher
-    monkeypatch.setattr(HostGatherer, "idle", property(lambda _: idle))
-    go_on = publisher._let_the_scheduler_run
-
-    def noting() -> None:
-        between.append(sys.getswitchinterval())
-        go_on()
-
-    monkeypatch.setattr(publisher, "_let_the_scheduler_run", noting)
-    for number in range(5):
+    publisher.let_the_sealer_run()
+    assert not sleeps.taken
+    held = hold_sealing(bridge, monkeypatch)
+    for number in range(3):
         bridge.serve(f"{number}", 10)
-    assert bridge.settled()["sealed"] == 5
-    assert len(between) == 5
-    assert all((interval < usual / 10) is idle for interval in between)
+    publisher.flush()
+    for _ in range(4):
+        publisher.let_the_sealer_run()
+    assert len(sleeps.taken) == 4
+    assert 0 < max(sleeps.taken) < 2e-3, "a request that comes meanwhile has to wait for it"
+    held.set()
+    settle(bridge, 3)
+    publisher.let_the_sealer_run()
+    assert len(sleeps.taken) == 4
+
+
+def test_a_record_that_fails_is_nothing_to_wait_for(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps
+) -> None:
+    bridge = make_bridge()
+
+    def refuse(_job: Job) -> None:
+        raise RuntimeError("a seal that fails")
+
+    monkeypatch.setattr(bridge.publisher, "_seal", refuse)
+    bridge.serve("fails", 10)
+    bridge.publisher.flush()
+    settle(bridge, 1)
+    bridge.publisher.let_the_sealer_run()
+    bridge.publisher.wait_for_the_sealer()
+    assert not sleeps.taken
+
+
+def test_a_paused_scheduler_thread_waits_until_all_is_sealed(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_bridge.publisher._PAUSED_SLEEP_MAX", 20.0)
+    bridge = make_bridge()
+    held = hold_sealing(bridge, monkeypatch)
+    ticket, _ = bridge.serve("before the pause", 10)
+    bridge.publisher.flush()
+    threading.Timer(0.05, held.set).start()
+    bridge.publisher.wait_for_the_sealer()
+    with ShmRouteReader(ticket, timeout=0) as routes:
+        assert routes.tokens == 10
+
+
+def test_a_paused_scheduler_thread_waits_only_so_long(
+    make_bridge: Make, monkeypatch: pytest.MonkeyPatch, sleeps: Sleeps
+) -> None:
+    """Its orders, new weights among them, must not wait for a copy that hangs."""
+    monkeypatch.setattr("sglang_bridge.publisher._PAUSED_SLEEP_MAX", 0.02)
+    bridge = make_bridge()
+    held = hold_sealing(bridge, monkeypatch)
+    bridge.serve("hangs", 10)
+    bridge.publisher.flush()
+    bridge.publisher.wait_for_the_sealer()
+    assert 0 < len(sleeps.taken) <= 0.02 / min(sleeps.taken) + 1
+    held.set()
 
 
 def test_stopping_seals_what_was_queued(make_bridge: Make) -> None:
