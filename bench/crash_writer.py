@@ -147,7 +147,7 @@ def _release_all(arena: Arena, writing: _Writing, log: EventLog) -> None:
 @functools.cache
 def _tokens_fitting(heap_bytes: int, rid_bytes: int) -> int:
     def size(tokens: int) -> int:
-        return layout.plan_extent(LAYOUT, rid_bytes, tokens).total_bytes
+        return layout.plan_extent(LAYOUT.row_bytes, rid_bytes, tokens).total_bytes
 
     return max(tokens for tokens in range(1, 2048) if size(tokens) <= heap_bytes)
 

@@ -25,8 +25,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,7 @@ from sglang_bridge.finished import Finished
 from sglang_bridge.gather_device import DeviceGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
+from sglang_bridge.ticket_tensor import PickledTicket
 from shmroute import RouteLayout, ShmRouteReader
 from shmroute.pinned import PageLock
 
@@ -71,13 +74,14 @@ class Rig:
             vocabulary=VOCABULARY,
             inline_when_full=True,
             shadow=False,
+            respond=PickledTicket,
         )
         self.publisher.start()
         random = np.random.default_rng(1)
         self.pool = torch.zeros((256, 40_000), dtype=torch.int32, device=DEVICE)
         where = random.permutation(KV_TOKENS - 1)[:40_000] + 1
         self.pool[:] = torch.from_numpy(where.astype(np.int32)).to(DEVICE)
-        self.ids = random.integers(3, VOCABULARY, 40_000)
+        self.ids = array("q", random.integers(3, VOCABULARY, 40_000).tolist())
         self._fill(where)
 
     def _fill(self, where: np.ndarray) -> None:
@@ -88,19 +92,32 @@ class Rig:
             self.table.scatter(
                 captured,
                 torch.from_numpy(where[part]).to(DEVICE),
-                torch.from_numpy(self.ids[part]).to(DEVICE),
+                torch.tensor(self.ids[part], device=DEVICE),
                 torch.arange(begin, begin + 4000, device=DEVICE),
                 0,
             )
         torch.cuda.synchronize()
 
-    def collect(self, rid: str, tokens: int, slot: int = 0) -> bytes:
-        """A request's end, reserved by itself: an engine reserves for a step's together."""
-        taken = self.gatherer.snapshot(self.pool, slot, 0, tokens)
-        ids = self.ids[:tokens]
-        return self.publisher.collect(
-            Finished(rid, 0, tokens, tokens, taken, token_ids=lambda: ids)
-        )
+    def requests(self, rids: Sequence[str], tokens: int) -> list[SimpleNamespace]:
+        """Finished ones, with what is read of SGLang's."""
+        prompt, output = self.ids[:tokens], array("q")
+        return [
+            SimpleNamespace(rid=rid, session=None, origin_input_ids=prompt, output_ids=output)
+            for rid in rids
+        ]
+
+    def note(self, requests: Sequence[SimpleNamespace], tokens: int) -> None:
+        """Their end, all in one step, as an engine's hook tells it."""
+        for slot, request in enumerate(requests):
+            taken = self.gatherer.snapshot(self.pool, slot, 0, tokens)
+            self.publisher.note(Finished(request, 0, tokens, taken, None))
+
+    def end(self, rids: Sequence[str], tokens: int) -> list[bytes]:
+        """Tickets of requests that end in one step."""
+        requests = self.requests(rids, tokens)
+        self.note(requests, tokens)
+        self.publisher.issue()
+        return envelopes(requests)
 
     def settle(self) -> None:
         deadline = time.monotonic() + 60
@@ -112,6 +129,11 @@ class Rig:
     def close(self) -> None:
         self.publisher.stop()
         shmroute.reap(self.arena.name, force=True)
+
+
+def envelopes(requests: Sequence[SimpleNamespace]) -> list[bytes]:
+    """What their responses carry."""
+    return [request.routed_experts.envelope for request in requests]
 
 
 @contextlib.contextmanager
@@ -248,22 +270,27 @@ def finishes(made: Rig, rounds: int) -> Rows:
     """The scheduler thread's part, and when rows are there, for requests ending together."""
     rows = []
     for count, tokens in ((1, 1024), (1, 8192), (1, 32_768), (4, 8192), (160, 768)):
-        collect, flush, there = [], [], []
+        note, issue, flush, there = [], [], [], []
         for turn in range(rounds if count == 1 else max(5, rounds // 8)):
             torch.cuda.synchronize()
+            requests = made.requests([f"{tokens}-{turn}-{i}" for i in range(count)], tokens)
             began = time.perf_counter_ns()
-            tickets = [made.collect(f"{tokens}-{turn}-{i}", tokens, i) for i in range(count)]
-            collected = time.perf_counter_ns()
+            made.note(requests, tokens)
+            noted = time.perf_counter_ns()
+            made.publisher.issue()
+            issued = time.perf_counter_ns()
             made.publisher.flush()
             made.gatherer.result_processed(0)
             flushed = time.perf_counter_ns()
+            tickets = envelopes(requests)
             with ShmRouteReader(tickets[-1]):
                 there.append((time.perf_counter_ns() - flushed) / 1e3)
-            collect.append((collected - began) / 1e3 / count)
-            flush.append((flushed - collected) / 1e3)
+            note.append((noted - began) / 1e3)
+            issue.append((issued - noted) / 1e3)
+            flush.append((flushed - issued) / 1e3)
             made.settle()
             shmroute.release(tickets)
-        whole = np.array(collect) * count + np.array(flush)
+        whole = np.array(note) + np.array(issue) + np.array(flush)
         label = f"{count} x {tokens} tokens"
         budgets = (100, 300) if count == 1 else (None, None)
         rows += percentiles(f"scheduler thread, {label}", whole, *budgets)
@@ -271,7 +298,8 @@ def finishes(made: Rig, rounds: int) -> Rows:
             typical = figure(float(np.median(whole)) / 1e3)
             rows.append(Row(f"scheduler thread, {label}, in all", typical, "ms", 3, "max"))
         rows += [
-            Row(f"of these a request's hook, {label}, p50", figure(np.median(collect)), "us"),
+            Row(f"of these the notes, {label}, p50", figure(np.median(note)), "us"),
+            Row(f"of these the tickets, {label}, p50", figure(np.median(issue)), "us"),
             Row(f"of these the flush, {label}, p50", figure(np.median(flush)), "us"),
             Row(f"from the flush to an open record, {label}, p50", figure(np.median(there)), "us"),
         ]
@@ -286,7 +314,7 @@ def waits(made: Rig, rounds: int) -> Rows:
         for turn in range(max(4, rounds // 20)):
             torch.cuda.synchronize()
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            tickets = [made.collect(f"w{count}-{turn}-{i}", 8192, i) for i in range(count)]
+            tickets = made.end([f"w{count}-{turn}-{i}" for i in range(count)], 8192)
             first.record(made.gatherer._gather_stream)
             made.publisher.flush()
             made.gatherer.fence()
@@ -338,8 +366,8 @@ def snapshots(made: Rig, rounds: int) -> Rows:
 
 def trainer(made: Rig, rounds: int) -> Rows:
     """Rows onto the GPU of a process that only reads, while this one keeps its own page-lock."""
-    batch = [made.collect(f"t{i}", 8192, i) for i in range(64)]
-    long = made.collect("t-long", 32_768, 0)
+    batch = made.end([f"t{i}" for i in range(64)], 8192)
+    (long,) = made.end(["t-long"], 32_768)
     made.publisher.flush()
     made.settle()
     asked = {

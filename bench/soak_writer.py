@@ -195,6 +195,6 @@ def _most_tokens(arena: Arena) -> int:
     heap = arena.memory.description.heap_bytes
 
     def size(tokens: int) -> int:
-        return layout.plan_extent(LAYOUT, len("proof of the heap"), tokens).total_bytes
+        return layout.plan_extent(LAYOUT.row_bytes, len("proof of the heap"), tokens).total_bytes
 
     return bisect.bisect_right(range(heap), heap, key=size) - 1

@@ -125,7 +125,7 @@ class RecordRing:
 
 def capacity_for(records: Iterable[int], slots: int) -> int:
     """Bytes of an arena that holds records of so many tokens."""
-    heap = sum(layout.plan_extent(ROUTES, 64, tokens).total_bytes for tokens in records)
+    heap = sum(layout.plan_extent(ROUTES.row_bytes, 64, tokens).total_bytes for tokens in records)
     tables = layout.MIN_TABLE_BYTES + slots * layout.SLOT_BYTES + 2 * layout.PAGE
     return heap + tables
 

@@ -19,7 +19,7 @@ from sglang.srt.state_capturer.base import BaseTopkCapturer
 from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
 from .capturer import ArenaCapturer
-from .finished import Ended
+from .finished import Finished
 from .publisher import Publisher
 from .versions import request_slot_reader
 
@@ -45,7 +45,7 @@ def collect(processor: Any, req: Any) -> None:
         publisher.give_error(req, error)
 
 
-def _ended(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Ended:
+def _ended(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:
     """Take what the release of its KV cache may change: the locations, copied."""
     # Not ``output_ids_through_stop``, which copies the output to cut it off there.
     output = req.finished_len
@@ -63,7 +63,7 @@ def _ended(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -
         native = BaseTopkCapturer.get_topk(
             capturer, slot, last + 1, pool, req.routed_experts_start_len
         )
-    return Ended(req, start, last, locations, native)
+    return Finished(req, start, last, locations, native)
 
 
 def is_hidden_warmup(req: Any) -> bool:

@@ -14,59 +14,85 @@ import torch
 from shmroute.reservation import Reservation
 
 
-class Ended:
+class Finished:
     """A request whose KV cache is released next, and what will be gone then.
 
-    Taken between two statements of SGLang's, so it is as little as that; ``finished`` makes the
-    rest of it, in a loop over all requests of a step.
+    It is taken between two statements of SGLang's, so its making is as little as that.
+    ``describe`` reads the rest, in a loop over all requests of a step.
 
     Parameters
     ----------
     req
-        SGLang's.
+        SGLang's; None once it is answered.
     start, end
-        Tokens that get rows.
-    locations, native
-        As in ``Finished``.
+        Rows ``[start, end)`` of the request are wanted.
+    locations
+        Its KV locations, as the gatherer's ``snapshot`` took them: a copy, since
+        ``req_to_token`` changes right after.
+    native
+        In shadow mode SGLang's own rows, ``int32 [tokens, all layers, top_k]``.
+
+    Attributes
+    ----------
+    tokens
+        How many rows that is.
+    rid, prompt_tokens
+        Once it is described.
     """
 
-    __slots__ = ("end", "locations", "native", "req", "start")
+    __slots__ = (
+        "_output",
+        "_prompt",
+        "locations",
+        "native",
+        "prompt_tokens",
+        "req",
+        "rid",
+        "start",
+        "tokens",
+    )
 
     def __init__(
         self, req: Any, start: int, end: int, locations: Any, native: torch.Tensor | None
     ) -> None:
         self.req = req
         self.start = start
-        self.end = end
+        self.tokens = end - start
         self.locations = locations
         self.native = native
 
-    def finished(self) -> Finished:
-        """All that its record needs."""
-        req, start, end = self.req, self.start, self.end
-        prompt, output = req.origin_input_ids, req.output_ids
+    def describe(self) -> None:
+        """Read what its record needs."""
+        req = self.req
+        prompt = req.origin_input_ids
         if req.session is not None:
             prompt = prompt[:]  # the session's next turn takes the array over and changes it
-        prompt_tokens = len(prompt)
+        self._prompt, self._output = prompt, req.output_ids
+        self.prompt_tokens = len(prompt)
+        self.rid = str(req.rid)
 
-        def token_ids() -> npt.NDArray[np.int64]:
-            # Called on another thread: slices copy under the interpreter lock, and no buffer of
-            # a list that the scheduler may still append to is held open.
-            ids = _as_array(prompt[:end])
-            rest = end - prompt_tokens
-            if rest > 0:
-                ids = np.concatenate((ids, _as_array(output[:rest])))
-            return ids[start:]
+    def answer(self, carried: Any) -> None:
+        """Give the response what it carries, and let go of SGLang's request.
 
-        return Finished(
-            rid=str(req.rid),
-            start=start,
-            tokens=end - start,
-            prompt_tokens=prompt_tokens,
-            locations=self.locations,
-            token_ids=token_ids,
-            native=self.native,
-        )
+        Its record may be on its way for long, and images of the request's on a GPU are not kept
+        for that.
+        """
+        self.req.routed_experts = carried
+        self.req = None
+
+    def token_ids(self) -> npt.NDArray[np.int64]:
+        """Ids of the tokens that have rows; called on another thread.
+
+        Slices copy under the interpreter lock, and no buffer of a list that the scheduler may
+        still append to is held open.
+        """
+        end = self.start + self.tokens
+        ids = _as_array(self._prompt[self.start : end])
+        rest = end - self.prompt_tokens
+        if rest <= 0:
+            return ids
+        first = max(0, self.start - self.prompt_tokens)
+        return np.concatenate((ids, _as_array(self._output[first:rest])))
 
 
 def _as_array(ids: Any) -> npt.NDArray[np.int64]:
@@ -75,32 +101,6 @@ def _as_array(ids: Any) -> npt.NDArray[np.int64]:
     if isinstance(ids, array) and ids.typecode == "q":
         return np.frombuffer(ids, dtype=np.int64)
     return np.array(ids, dtype=np.int64)
-
-
-@dataclass(slots=True)
-class Finished:
-    """What is known of a request at its end.
-
-    Attributes
-    ----------
-    start, tokens
-        Rows ``[start, start + tokens)`` of the request.
-    locations
-        Its KV locations, as the gatherer's ``snapshot`` took them: a copy, since
-        ``req_to_token`` changes right after.
-    token_ids
-        Returns the ids of tokens ``[start, start + tokens)``; called once, later.
-    native
-        In shadow mode SGLang's own rows, ``int32 [tokens, all layers, top_k]``.
-    """
-
-    rid: str
-    start: int
-    tokens: int
-    prompt_tokens: int
-    locations: Any
-    token_ids: Callable[[], npt.NDArray[np.int64]]
-    native: torch.Tensor | None = None
 
 
 @dataclass(slots=True)

@@ -58,7 +58,7 @@ from shmroute.ticket import RID_BYTES_MAX, failed_ticket
 
 from .epochs import WeightEpochs
 from .errors import DeviceError
-from .finished import Ended, Finished, Gathered, Gatherer, Job
+from .finished import Finished, Gathered, Gatherer, Job
 from .judge import Verdict, judge
 from .shadow import Shadow
 from .ticket_tensor import plain_tensor
@@ -110,8 +110,8 @@ class Publisher:
         routes = arena.memory.description.routes
         self._shadow = Shadow(routes, self.late_counters) if shadow else None
         self.gatherer = gatherer
-        self._ended: deque[Ended] = deque()
-        self._noted: deque[tuple[Any, Finished]] = deque()
+        self._noted: deque[Finished] = deque()
+        self._described: deque[Finished] = deque()
         self._pending: list[Job] = []
         self._pending_bytes, self._row_bytes = 0, routes.row_bytes
         self._last: Reservation | None = None
@@ -137,68 +137,70 @@ class Publisher:
 
     # -- scheduler thread --------------------------------------------------------------------
 
-    def note(self, ended: Ended) -> None:
+    def note(self, request: Finished) -> None:
         """Take a request that has ended; ``issue`` sets its ``req.routed_experts``."""
-        self._ended.append(ended)
+        self._noted.append(request)
 
     def issue(self) -> None:
         """Give every request that was noted what its response carries, in the order of noting."""
         self._describe()
-        finished = len(self._noted)
+        described = self._described
+        finished = len(described)
         try:
             if finished:
                 self._issue_together()
-            while self._noted:
-                req, request = self._noted.popleft()
+            while described:
+                request = described.popleft()
                 try:
                     envelope = self.collect(request)
                 except Exception as error:
-                    self.give_error(req, error)
+                    self.give_error(request.req, error)
                 else:
-                    req.routed_experts = self._respond(envelope)
+                    request.answer(self._respond(envelope))
         finally:
-            self.counters.add("finished", finished - len(self._noted))
+            self.counters.add("finished", finished - len(described))
 
     def _describe(self) -> None:
-        ended, noted = self._ended, self._noted
-        while ended:
-            one = ended.popleft()
+        noted, described = self._noted, self._described
+        while noted:
+            request = noted.popleft()
             try:
-                request = one.finished()
+                request.describe()
             except Exception as error:
                 self.counters.add("finished")
-                self.give_error(one.req, error)
+                self.give_error(request.req, error)
             else:
-                noted.append((one.req, request))
+                described.append(request)
 
     def _issue_together(self) -> None:
-        """Tickets for the first of those noted, in most steps for all of them.
+        """Tickets for the first of those described, in most steps for all of them.
 
         What needs a look of its own (no rows, no room, a rid that no record can have) and what
         is behind it stays in the queue.
         """
-        noted, pending = self._noted, self._pending
-        requests = [request for _, request in noted]
-        nbytes = self._row_bytes * sum([request.tokens for request in requests])
+        described, pending = self._described, self._pending
+        nbytes = self._row_bytes * sum([request.tokens for request in described])
         if self._broken or not self.gatherer.has_room(self._pending_bytes + nbytes):
             return
         try:
-            records = self.arena.writer.reserve_together(requests, after=self._last)
+            records = self.arena.writer.reserve_together(described, after=self._last)
         except Exception:
             logger.exception("shmroute: a step's requests are reserved one by one")
             self.counters.add("hook_errors")
             return
         epoch, issued, rows = self._epochs.current, 0, 0
         for record in records:
-            req, request = noted.popleft()
+            request = described.popleft()
             try:
-                req.routed_experts = self._respond(record.ticket)
+                carried = self._respond(record.ticket)
                 pending.append(Job(request, record, epoch))
-                issued += 1
-                rows += request.tokens
             except Exception as error:
                 record.fail("the engine could not issue its ticket")
-                self.give_error(req, error)
+                self.give_error(request.req, error)
+            else:
+                request.answer(carried)
+                issued += 1
+                rows += request.tokens
         if records:
             self._last = records[-1]
         self._pending_bytes += rows * self._row_bytes
@@ -253,7 +255,7 @@ class Publisher:
 
     def flush(self) -> None:
         """Hand over what ended in this step."""
-        if self._ended or self._noted:
+        if self._noted or self._described:
             self.issue()
         if not self._pending:
             return
@@ -356,7 +358,7 @@ class Publisher:
         if not self.gatherer.idle:
             time.sleep(_PAUSE)
         patience = time.monotonic() + _PATIENCE
-        while (self._ended or self._noted or self._pending) and time.monotonic() < patience:
+        while (self._noted or self._described or self._pending) and time.monotonic() < patience:
             time.sleep(10 * _PAUSE)
 
     def _seal(self, job: Job) -> None:

@@ -52,38 +52,32 @@ class Run:
 def plan_runs(
     jobs: Sequence[Job], row_bytes: int, lane_bytes: int, lane_rows: int
 ) -> Iterator[Run]:
-    """Split jobs into runs of at most ``lane_bytes``, ``lane_rows`` and ``PIECES_MAX`` pieces."""
-    run: Run | None = None
+    """Split jobs into runs of at most ``lane_bytes``, ``lane_rows`` and ``PIECES_MAX`` pieces.
+
+    A record that lies right behind the run's last one goes into it, as much of it as fits.
+    """
+    run, behind = Run(0), -1
     for job in jobs:
-        first = 0
-        while first < job.request.tokens:
-            at = job.record.offset + first * row_bytes
-            if run is None or not _continues(run, job, at, row_bytes, lane_bytes, lane_rows):
-                if run is not None:
+        record, tokens = job.record, job.request.tokens
+        at, first = record.offset, 0
+        while first < tokens:
+            place, room = at - run.offset, 0
+            if at == behind and len(run.pieces) < PIECES_MAX:
+                room = min((lane_bytes - place) // row_bytes, lane_rows - run.rows)
+            if room <= 0:
+                if run.pieces:
                     yield run
-                run = Run(at)
-            place = at - run.offset
-            room = min((lane_bytes - place) // row_bytes, lane_rows - run.rows)
-            rows = min(room, job.request.tokens - first)
-            last = first + rows == job.request.tokens
-            run.pieces.append(Piece(job, first, rows, place, run.rows, last))
+                run, place = Run(at), 0
+                room = min(lane_bytes // row_bytes, lane_rows)
+            rows = min(room, tokens - first)
+            run.pieces.append(Piece(job, first, rows, place, run.rows, first + rows == tokens))
             run.nbytes = place + rows * row_bytes
             run.rows += rows
             first += rows
-    if run is not None:
+            at += rows * row_bytes
+        behind = record.offset + record.plan.total_bytes
+    if run.pieces:
         yield run
-
-
-def _continues(
-    run: Run, job: Job, at: int, row_bytes: int, lane_bytes: int, lane_rows: int
-) -> bool:
-    """Whether the next piece lies right behind the run's last record and fits a whole row."""
-    before = run.pieces[-1].job
-    adjacent = before is not job and (
-        before.record.offset + before.record.plan.total_bytes == job.record.offset
-    )
-    fits = at - run.offset + row_bytes <= lane_bytes and run.rows < lane_rows
-    return adjacent and fits and len(run.pieces) < PIECES_MAX
 
 
 class Lane:

@@ -220,7 +220,9 @@ def _check_geometry(routes: layout.RouteLayout, size: int, slots: int) -> None:
     if not 1 <= slots <= layout.MAX_SLOTS:
         raise ValueError(f"slots is {slots}; 1 to {layout.MAX_SLOTS} are possible")
     least = layout.MIN_TABLE_BYTES + slots * layout.SLOT_BYTES
-    least = layout.align(least, layout.PAGE) + layout.plan_extent(routes, 64, 1).total_bytes
+    least = (
+        layout.align(least, layout.PAGE) + layout.plan_extent(routes.row_bytes, 64, 1).total_bytes
+    )
     if size < least:
         raise ValueError(
             f"a capacity of {size} bytes cannot hold the tables of {slots} slots and one row of "

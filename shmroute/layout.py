@@ -251,16 +251,17 @@ class ExtentPlan(NamedTuple):
         return self.total_bytes - self.metadata_offset
 
 
-def plan_extent(routes: RouteLayout, rid_bytes: int, tokens: int) -> ExtentPlan:
+def plan_extent(row_bytes: int, rid_bytes: int, tokens: int) -> ExtentPlan:
     """Size a record's extent before its metadata is known.
 
     The room for metadata holds the rid, one bit a row (which rows are missing) and the
     runs of weight versions; it stays under 2% of the rows of any record above 64 KB.
     """
-    rows = tokens * routes.row_bytes
-    metadata_offset = align(rows)
-    metadata = rid_bytes + 128 + (tokens + 7) // 8 + min(rows // 128, 4096)
-    return ExtentPlan(rows, metadata_offset, metadata_offset + align(metadata))
+    rows = tokens * row_bytes
+    metadata = rid_bytes + 128 + (tokens + 7) // 8 + (rows // 128 if rows < 524288 else 4096)
+    # ``align``, twice, without its calls.
+    metadata_offset = rows + -rows % EXTENT_ALIGN
+    return ExtentPlan(rows, metadata_offset, metadata_offset + metadata + -metadata % EXTENT_ALIGN)
 
 
 def initialise(fd: int, description: ArenaDescription) -> None:

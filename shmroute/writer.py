@@ -128,7 +128,7 @@ class RecordWriter:
             routes.top_k,
             routes.dtype_name,
         )
-        self._routes = routes
+        self._routes, self._row_bytes = routes, routes.row_bytes
         self._slots = slots
         # Element by element these cost half of what the arrays do, and give plain numbers.
         self._words = memory.words.data
@@ -185,7 +185,7 @@ class RecordWriter:
             A size that no record can have.
         """
         rid_bytes = _check_request(rid, tokens, start, prompt_tokens)
-        plan = layout.plan_extent(self._routes, rid_bytes, tokens)
+        plan = layout.plan_extent(self._row_bytes, rid_bytes, tokens)
         name = rid_hash(rid)
         with self._reserving:
             if self._closed:
@@ -261,7 +261,7 @@ class RecordWriter:
                 rid_bytes = _check_request(want.rid, want.tokens, want.start, want.prompt_tokens)
             except ValueError:
                 break
-            plans.append(layout.plan_extent(self._routes, rid_bytes, want.tokens))
+            plans.append(layout.plan_extent(self._row_bytes, rid_bytes, want.tokens))
         return plans
 
     def _begin(self, slot: int, name: int, offset: int, nbytes: int) -> int:
@@ -294,10 +294,13 @@ class RecordWriter:
 
         An older record of this rid must not come up again when this one has been released.
         """
-        self._forget(name)
-        self._slot_named.pop(self._hashes[slot], None)  # the name of its last record
-        self._slot_named[name] = slot
-        self._hashes[slot] = name
+        named, hashes = self._slot_named, self._hashes
+        older = named.get(name)
+        if older is not None:
+            hashes[older] = 0
+        named.pop(hashes[slot], None)  # the name of its last record
+        named[name] = slot
+        hashes[slot] = name
 
     def forget_name(self, rid: str) -> None:
         """Let no search for the rid find an older record: a newer one is not in the arena."""
@@ -345,7 +348,8 @@ class RecordWriter:
         """Put so many free slots under their leases, or as many as there are, into ``slots``."""
         try:
             while len(slots) < count:
-                if self._take_run(count - len(slots), slots):
+                left = count - len(slots)
+                if left > 1 and self._take_run(left, slots):
                     continue
                 slot = self._free_slot()
                 if slot is None:
@@ -368,26 +372,37 @@ class RecordWriter:
 
     def _neighbours(self, most: int) -> int:
         """How many of the next free slots follow each other in one lease file."""
-        free = self._free_slots
-        if not free:
+        if not self._free_slots:
             return 0
-        first = free[0]
-        most = min(most, len(free), SLOTS_PER_FILE - first % SLOTS_PER_FILE)
-        count = 1
-        while count < most and free[count] == first + count:
-            count += 1
-        return count
+        first = self._free_slots[0]
+        most = min(most, SLOTS_PER_FILE - first % SLOTS_PER_FILE)
+        end = first
+        for slot in self._free_slots:
+            if slot != end or end == first + most:
+                break
+            end += 1
+        return end - first
 
     def _has_room(self, size: int) -> bool:
         return self._allocator.largest >= size and bool(self._free_slots)
 
     def _take_back(self, limit: int | None = None) -> None:
         waiting = len(self._freed)
+        # Records that were finished together, so lie together, most often come back together.
+        first = end = 0
         for _ in range(waiting if limit is None else min(limit, waiting)):
             slot, offset, size = self._freed.popleft()
-            self._allocator.free(offset, size)
             self._free_slots.append(slot)
-            self._bytes_taken_back += size
+            if offset != end:
+                self._free(first, end)
+                first = offset
+            end = offset + size
+        self._free(first, end)
+
+    def _free(self, first: int, end: int) -> None:
+        if first < end:
+            self._allocator.free(first, end - first)
+            self._bytes_taken_back += end - first
 
     def _take_back_for(self, size: int) -> None:
         while self._freed and not self._has_room(size):

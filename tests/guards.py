@@ -152,8 +152,8 @@ _WRITER = (
         "a rid taken from its older record",
         "a rid names its newest record, also after that was released",
         "shmroute/writer.py",
-        "        self._forget(name)\n        self._slot_named.pop",
-        "        self._slot_named.pop",
+        "            hashes[older] = 0\n",
+        "            pass\n",
         ("store/test_newest.py::test_an_older_record_of_a_rid_does_not_come_up_again",),
     ),
     Guard(
@@ -637,7 +637,7 @@ _BRIDGE = (
         "the sealer's wait for the copy",
         "a record is not sealed before its rows are in memory",
         "sglang_bridge/publisher.py",
-        "                gathered.wait()\n",
+        "            gathered.wait()\n",
         "",
         ("bridge/test_publisher.py::test_a_record_is_not_sealed_before_its_rows_are_there",),
     ),
@@ -686,7 +686,7 @@ _BRIDGE = (
         "what was noted, issued by whatever comes next",
         "a request whose response nobody made in its step is not lost, and keeps its rows",
         "sglang_bridge/publisher.py",
-        "        if self._ended or self._noted:\n            self.issue()\n",
+        "        if self._noted or self._described:\n            self.issue()\n",
         "",
         (
             "bridge/test_collect.py::"
@@ -697,8 +697,8 @@ _BRIDGE = (
         "a noted request leaves the queue",
         "a request has one ticket and is counted once",
         "sglang_bridge/publisher.py",
-        "            req, request = noted.popleft()\n",
-        "            req, request = noted[issued]\n",
+        "            request = described.popleft()\n            try:\n",
+        "            request = described[issued]\n            try:\n",
         (
             "bridge/test_collect.py::"
             "test_a_request_whose_response_is_asked_for_again_keeps_its_one_ticket",

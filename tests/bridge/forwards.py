@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,26 @@ def started_publisher(arena: Arena, gatherer: Gatherer) -> Publisher:
     )
     publisher.start()
     return publisher
+
+
+def finished_request(
+    rid: str,
+    ids: npt.NDArray[np.int64],
+    locations: Any,
+    start: int = 0,
+    native: torch.Tensor | None = None,
+) -> Finished:
+    """A request of which tokens ``[start, start + len(ids))`` have rows; half of that is prompt."""
+    tokens, prompt = [0] * start + ids.tolist(), len(ids) // 2
+    req = SimpleNamespace(
+        rid=rid,
+        session=None,
+        origin_input_ids=array("q", tokens[:prompt]),
+        output_ids=array("q", tokens[prompt:]),
+    )
+    finished = Finished(req, start, start + len(ids), locations, native)
+    finished.describe()
+    return finished
 
 
 class Forwards:
@@ -91,12 +113,10 @@ class Forwards:
         start: int = 0,
     ) -> Finished:
         """A finished request; with ``captured`` also SGLang's own rows, for shadow mode."""
-        return Finished(
-            rid=rid,
-            start=start,
-            tokens=len(ids),
-            prompt_tokens=len(ids) // 2,
-            locations=torch.from_numpy(locations.copy()),
-            token_ids=lambda: ids,
+        return finished_request(
+            rid,
+            ids,
+            torch.from_numpy(locations.copy()),
+            start,
             native=None if captured is None else torch.from_numpy(captured.copy()),
         )

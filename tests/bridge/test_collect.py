@@ -262,16 +262,16 @@ def test_a_request_that_cannot_be_described_leaves_the_step_s_others_their_route
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang_bridge import collect
-    from sglang_bridge.finished import Ended
+    from sglang_bridge.finished import Finished
 
-    finished = Ended.finished
+    describe = Finished.describe
 
-    def failing(self: Ended) -> Any:
+    def failing(self: Finished) -> None:
         if self.req.rid == "b":
             raise RuntimeError("no description")
-        return finished(self)
+        describe(self)
 
-    monkeypatch.setattr(Ended, "finished", failing)
+    monkeypatch.setattr(Finished, "describe", failing)
     served = ended(scheduler, "a", "b", "c")
     collect.flush()
     check_rows([served[0], served[2]])
@@ -279,6 +279,15 @@ def test_a_request_that_cannot_be_described_leaves_the_step_s_others_their_route
         ShmRouteReader(envelope_of(served[1][0]))
     counts = scheduler.counters
     assert (counts["finished"], counts["ticketed"], counts["failed_requests"]) == (3, 2, 1)
+
+
+def test_a_request_of_sglang_s_is_not_kept_until_its_record_is_sealed(scheduler: Scheduler) -> None:
+    """It may hold images on the GPU."""
+    served = ended(scheduler, "a", "b")
+    scheduler.publisher.issue()
+    assert [job.request.req for job in scheduler.publisher._pending] == [None, None]
+    scheduler.publisher.flush()
+    check_rows(served)
 
 
 def test_a_session_s_next_turn_may_change_the_prompt_before_the_seal(

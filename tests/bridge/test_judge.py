@@ -7,11 +7,10 @@ import logging
 import numpy as np
 import pytest
 import torch
-from forwards import VOCABULARY
+from forwards import VOCABULARY, finished_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_bridge.finished import Finished
 from sglang_bridge.judge import Verdict, judge
 from sglang_bridge.tags import (
     INVALID,
@@ -38,7 +37,8 @@ def tags_of(epochs: list[int], missing: tuple[int, ...] = (), start: int = 3) ->
 
 def verdict(tags: np.ndarray, epoch: int = 5, ids: np.ndarray = IDS) -> Verdict:
     nowhere = torch.empty(len(tags), dtype=torch.int64)
-    request = Finished("r", 3, len(tags), 4, nowhere, token_ids=lambda: ids)
+    request = finished_request("r", ids, nowhere, start=3)
+    request.tokens = len(tags)
     return judge(request, tags, epoch, vocabulary=VOCABULARY, label="epoch-{}".format)
 
 

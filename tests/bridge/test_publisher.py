@@ -138,7 +138,7 @@ def test_requests_of_one_step_lie_side_by_side(make_bridge: Make) -> None:
         with ShmRouteReader(ticket) as routes:
             addresses.append(routes.numpy().__array_interface__["data"][0])
             np.testing.assert_array_equal(routes.numpy(), rows)
-    sizes = [plan_extent(ROUTES, len(f"rid-{i}"), 50 + i).total_bytes for i in range(7)]
+    sizes = [plan_extent(ROUTES.row_bytes, len(f"rid-{i}"), 50 + i).total_bytes for i in range(7)]
     assert np.diff(addresses).tolist() == sizes
 
 
@@ -296,7 +296,7 @@ def test_tokens_that_cannot_be_told_fail_the_record(make_bridge: Make) -> None:
     ids, locations = bridge.forwards.token_ids(20), bridge.forwards.locations(20)
     bridge.forwards.run(ids, locations)
     request = bridge.forwards.finished("short", ids, locations)
-    request.token_ids = lambda: ids[:-1]
+    request.req.output_ids.pop()
     ticket = bridge.publisher.collect(request)
     bridge.settled()
     with pytest.raises(RouteFailed, match="19 token ids for 20 rows"):

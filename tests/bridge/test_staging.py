@@ -21,7 +21,7 @@ def jobs_at(lengths: list[int], gaps: list[bool]) -> list[Any]:
     jobs, offset = [], 0
     for tokens, gap in zip(lengths, gaps, strict=True):
         offset += 4096 if gap else 0
-        plan = plan_extent(ROUTES, 8, tokens)
+        plan = plan_extent(ROUTES.row_bytes, 8, tokens)
         record = SimpleNamespace(offset=offset, plan=plan)
         jobs.append(SimpleNamespace(record=record, request=SimpleNamespace(tokens=tokens)))
         offset += plan.total_bytes

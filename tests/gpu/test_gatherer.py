@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forwards import VOCABULARY, Forwards
+from forwards import VOCABULARY, Forwards, finished_request
 
 import shmroute
 from sglang_bridge import gather_device
 from sglang_bridge.cuda_driver import Event
 from sglang_bridge.epochs import WeightEpochs
-from sglang_bridge.finished import Finished
 from sglang_bridge.gather_device import DeviceGatherer, DeviceLocations
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
@@ -99,9 +98,7 @@ class Bridge:
         torch.cuda.synchronize()
         taken = self.gatherer.snapshot(self.req_to_token, slot, 0, len(ids))
         self.req_to_token[slot].fill_(7)
-        return self.publisher.collect(
-            Finished(rid, start, len(ids), len(ids) // 2, taken, token_ids=lambda: ids)
-        )
+        return self.publisher.collect(finished_request(rid, ids, taken, start))
 
     def serve(self, rid: str, tokens: int, start: int = 0) -> tuple[bytes, np.ndarray]:
         ids, locations = self.forwards.token_ids(tokens), self.forwards.locations(tokens)
@@ -237,9 +234,7 @@ def reused_at_once(bridge: Bridge, steps: int = 40) -> int:
         bridge.table.scatter(device[step % 4].clone(), where, words, positions, 0)
         torch.cuda.synchronize()
         taken = bridge.gatherer.snapshot(bridge.req_to_token, 0, 0, 2000)
-        ticket = bridge.publisher.collect(
-            Finished(f"{step}", 0, 2000, 1, taken, token_ids=lambda: ids)
-        )
+        ticket = bridge.publisher.collect(finished_request(f"{step}", ids, taken))
         with torch.cuda.stream(bridge.gatherer._gather_stream):
             torch.cuda._sleep(3_000_000)  # the gather comes late
         bridge.flush()
@@ -338,7 +333,7 @@ def test_for_all_requests_of_a_step_but_one_the_whole_pool_is_copied_once(
             taken = bridge.gatherer.snapshot(bridge.req_to_token, slot, 0, len(ids))
             assert bridge.gatherer._whole is (slot >= 1)
             bridge.req_to_token[slot].fill_(9)  # as SGLang may, in its next statement
-            request = Finished(f"{step}-{slot}", 0, len(ids), 1, taken, lambda ids=ids: ids)
+            request = finished_request(f"{step}-{slot}", ids, taken)
             rows = bridge.forwards.rows(captured[slot])
             served.append((bridge.publisher.collect(request), rows))
         bridge.flush()
@@ -403,7 +398,7 @@ def test_a_gather_waits_for_a_snapshot_that_comes_late(make_bridge: Make) -> Non
     torch.cuda._sleep(100_000_000)
     taken = bridge.gatherer.snapshot(bridge.req_to_token, 0, 0, 500)
     assert not bridge.gatherer._aside
-    ticket = bridge.publisher.collect(Finished("late", 0, 500, 1, taken, token_ids=lambda: ids))
+    ticket = bridge.publisher.collect(finished_request("late", ids, taken))
     bridge.flush()
     check([(ticket, bridge.forwards.rows(captured))])
 

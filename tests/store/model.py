@@ -262,4 +262,4 @@ class Model:
 
 def size_of(rid: str, tokens: int) -> int:
     """Bytes of a record's extent."""
-    return plan_extent(LAYOUT, len(rid), tokens).total_bytes
+    return plan_extent(LAYOUT.row_bytes, len(rid), tokens).total_bytes

@@ -34,7 +34,7 @@ def test_metadata_survives_packing(rid, mask, runs):
 def test_any_missing_rows_fit_the_room_of_their_extent(mask):
     routes = RouteLayout(256, 1, [0])
     metadata = Metadata("x" * 64, ranges_of(mask), (WeightRun(0, 1, "epoch-1"),))
-    plan = plan_extent(routes, 64, len(mask))
+    plan = plan_extent(routes.row_bytes, 64, len(mask))
     assert len(metadata.pack(len(mask))) <= plan.metadata_capacity
 
 
