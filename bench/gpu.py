@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import result_file
 import torch
+from gpu_cold import TOKENS, DriverCalls, OtherWork
 from gpu_timing import Rows, figure, gbs, gpu_us, host_us, percentiles
 from result_file import Row
 
@@ -306,6 +307,34 @@ def finishes(made: Rig, rounds: int) -> Rows:
     return rows
 
 
+def cold_finishes(made: Rig, rounds: int) -> Rows:
+    """A request's end where none of its code and data are in the caches, and what of that are the
+    driver's calls alone: the same ones, from a loop that does nothing else.
+    """
+    between, calls, whole = OtherWork(), DriverCalls(made.gatherer, made.pool), []
+    alone = []
+    for turn in range(max(10, rounds // 5)):
+        torch.cuda.synchronize()
+        requests = made.requests([f"cold-{turn}"], TOKENS)
+        parts = functools.partial(made.note, requests, TOKENS), made.publisher.issue
+        whole.append(sum(_timed(part, between) for part in (*parts, made.publisher.flush)))
+        made.gatherer.result_processed(0)
+        made.settle()
+        shmroute.release(envelopes(requests))
+        alone.append(_timed(calls, between))
+    return [
+        *percentiles(f"scheduler thread, 1 x {TOKENS} tokens, cold caches", whole, None, None),
+        *percentiles("of these the driver's calls alone", alone, None, None),
+    ]
+
+
+def _timed(part: Callable[[], object], between: Callable[[], None]) -> float:
+    between()
+    began = time.perf_counter_ns()
+    part()
+    return (time.perf_counter_ns() - began) / 1e3
+
+
 def waits(made: Rig, rounds: int) -> Rows:
     """How long the next forward's scatter would wait for the gather, if it came at once."""
     rows = []
@@ -402,7 +431,7 @@ def main() -> int:
     with rig() as made:
         if not made.gatherer.page_lock.wait(60):
             print(f"the arena is not page-locked: {made.gatherer.page_lock.refused}")
-        for part in (copies, scatter, finishes, waits, snapshots, trainer):
+        for part in (copies, scatter, finishes, cold_finishes, waits, snapshots, trainer):
             began = time.monotonic()
             rows += part(made, rounds)
             print(f"{part.__name__}: {time.monotonic() - began:.1f} s", flush=True)
