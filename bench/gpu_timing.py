@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from result_file import Row
 
@@ -49,7 +48,7 @@ def figure(value: Any) -> float:
     return float(f"{value:.4g}")
 
 
-def percentiles(name: str, times: npt.ArrayLike, p50: float | None, p99: float | None) -> Rows:
+def percentiles(name: str, times: Sequence[float] | np.ndarray, p50: float | None, p99: float | None) -> Rows:
     shown = []
     for label, value, budget in (
         ("p50", np.percentile(times, 50), p50),
