@@ -48,7 +48,9 @@ def figure(value: Any) -> float:
     return float(f"{value:.4g}")
 
 
-def percentiles(name: str, times: Sequence[float] | np.ndarray, p50: float | None, p99: float | None) -> Rows:
+def percentiles(
+    name: str, times: Sequence[float] | np.ndarray, p50: float | None, p99: float | None
+) -> Rows:
     shown = []
     for label, value, budget in (
         ("p50", np.percentile(times, 50), p50),

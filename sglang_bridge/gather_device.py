@@ -125,13 +125,14 @@ class DeviceGatherer:
         self._gather_rows = Gather(table.words, table.tags)
         self._lanes: list[Lane] = []
         self._next_lane = 0
-        self._buffers = HostBuffers(self._lane_rows)
+        self._buffers = HostBuffers(self._lane_rows, counters)
         self._hand_over: Callable[[Gathered | None], None] = lambda _: None
         self._begin, self._taken, self._gathered = (Event() for _ in range(3))
         self._begun, self._processed = 0, 0
         self._in_doubt: list[HostBuffer] = []
         # Each counted by one thread: the scheduler's, the sealer's.
         self._pageable_launched, self._pageable_copied = 0, 0
+        self._said_locked = False  # in the counters
         self._ordered, self._aside, self._unfenced = False, False, False
         # Every request holds fewer locations than there are, and few share many of them.
         self._locations = torch.empty(
@@ -295,8 +296,9 @@ class DeviceGatherer:
                 logger.exception("shmroute: the rows of finished requests could not be gathered")
                 work.fail(error)
             self._hand_over(work)
-        self._counters.set("host_buffers_added", self._buffers.added)
-        self._counters.set("page_locked_bytes", self._heap.nbytes if self.page_lock.ready else 0)
+        if not self._said_locked and self.page_lock.ready:
+            self._counters.set("page_locked_bytes", self._heap.nbytes)
+            self._said_locked = True
 
     def _launch(self, work: _Run) -> None:
         run = work.run

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from shmroute.counters import Counters
+
 from .cuda_driver import Event
 from .finished import Job
 
@@ -116,20 +118,19 @@ class HostBuffer:
 class HostBuffers:
     """Host buffers that are kept, since page-locking one costs a millisecond.
 
-    Taken by the scheduler thread, given back by the sealer; ``added`` counts those made because
-    none was free.
+    Taken by the scheduler thread, given back by the sealer. Those made because none was free are
+    counted in the scheduler thread's ``counters``.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, counters: Counters) -> None:
+        self._rows, self._counters = rows, counters
         self._free = deque(HostBuffer(rows) for _ in range(_HOST_BUFFERS_KEPT))
-        self.added = 0
 
     def take(self) -> HostBuffer:
         try:
             return self._free.popleft()
         except IndexError:
-            self.added += 1
+            self._counters.add("host_buffers_added")
             return HostBuffer(self._rows)
 
     def give(self, buffer: HostBuffer) -> None:
