@@ -36,6 +36,7 @@ from result_file import Row
 import shmroute
 from shmroute import RouteBatch, ShmRouteReader
 from shmroute.attached import AttachedArena, attach
+from shmroute.cuda_runtime import copy_to_device
 from shmroute.ticket import decode
 
 DEVICE = torch.device("cuda:0")
@@ -103,13 +104,38 @@ def until_there(read: Callable[[], Any], rounds: int) -> np.ndarray:
     return np.array(times[3:])
 
 
+def in_pieces(nbytes: int, pieces: int, rounds: int) -> float:
+    """GB/s of as many bytes in so many copies, one after the other: nothing but the calls that
+    queue them, by the same clock as a batch.
+    """
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+    part = nbytes // pieces
+    places = [
+        (target.data_ptr() + part * piece, source.data_ptr() + part * piece)
+        for piece in range(pieces)
+    ]
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def queue() -> None:
+        for there, here in places:
+            copy_to_device(there, here, part, stream)
+
+    return gbs(nbytes, float(np.median(until_there(queue, rounds))))
+
+
 def batches(tickets: list[bytes], rounds: int) -> Rows:
     """The packed batch, all layers and a pipeline stage's, in each dtype."""
     whole: RouteBatch = shmroute.read_batch(tickets)
     stored = whole.rows.nbytes
     del whole
     speed = ceiling(stored, rounds)
-    rows = [Row(f"trainer: page-locked memory to the device, {stored / 1e6:.0f} MB", speed, "GB/s")]
+    pieces = in_pieces(stored, len(tickets), rounds)
+    moved = f"trainer: page-locked memory to the device, {stored / 1e6:.0f} MB"
+    rows = [
+        Row(moved, speed, "GB/s"),
+        Row(f"{moved} in {len(tickets)} copies, of that", figure(100 * pieces / speed), "%"),
+    ]
     for layers, share, label in ((None, 1.0, "48 layers"), (STAGE, 12 / 48, "12 of 48 layers")):
         for name, dtype in DTYPES.items():
             read = functools.partial(
