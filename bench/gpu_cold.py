@@ -1,7 +1,7 @@
 """What a request's end costs where none of its code and data are in the processor's caches.
 
 In an engine it comes once in seconds, and SGLang fills the caches between any two. A loop that does
-nothing else shows a fifth of that. `OtherWork` empties them, and `DriverCalls` is the part that
+nothing else shows a third of that. `OtherWork` empties them, and `DriverCalls` is the part that
 no code of ours can take out.
 """
 

@@ -1,11 +1,11 @@
 """CUDA's driver calls that the scheduler thread makes for each request: copy, record, wait.
 
 Through torch each of these costs 5 to 20 us of Python (views, stream contexts, event objects)
-and there are nine a request; called in the driver itself, 1 to 5 us. In caches that SGLang's own
-work has filled since the last request, what is executed costs by its size, so nothing lies between
-but ctypes (``bench/gpu.py`` measures both). Streams are torch's, by their handles; memory is
-torch's, by its addresses, so whoever calls keeps the tensors alive until the stream is past the
-copy.
+and there are ten a request, the gather's launch included; called in the driver itself, 1 to 5 us.
+In caches that SGLang's own work has filled since the last request, code costs by its size, so
+nothing lies between but ctypes (``bench/gpu.py`` shows what they take there). Streams are torch's,
+by their handles; memory is torch's, by its addresses, so whoever calls keeps the tensors alive
+until the stream is past the copy.
 
 Every call lets go of the interpreter: one that waits, for room in a full queue, must not keep the
 callback of a stream from running that the queue waits for.
