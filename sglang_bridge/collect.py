@@ -39,13 +39,13 @@ def collect(processor: Any, req: Any) -> None:
     if isinstance(reason, FINISH_ABORT) and reason.status_code is not None:
         return  # its reply is an HTTP error without ``meta_info``
     try:
-        publisher.note(_ended(req, processor.req_to_token_pool, capturer, publisher))
+        publisher.note(_finished(req, processor.req_to_token_pool, capturer, publisher))
     except Exception as error:
         publisher.counters.add("finished")
         publisher.give_error(req, error)
 
 
-def _ended(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:
+def _finished(req: Any, pool: Any, capturer: ArenaCapturer, publisher: Publisher) -> Finished:
     """Take what the release of its KV cache may change: the locations, copied."""
     # Not ``output_ids_through_stop``, which copies the output to cut it off there.
     output = req.finished_len

@@ -273,7 +273,11 @@ class Publisher:
             time.sleep(_IDLE_SLEEP)
 
     def wait_for_the_sealer(self) -> None:
-        """Sleep until all is sealed, or for a quarter of a second: the engine is paused."""
+        """Sleep until all is sealed, or for a quarter of a second: the engine is paused.
+
+        Besides a record that goes inline this is where the scheduler thread waits for the sealer,
+        and with it for the GPU: it has nothing else to do until it is told to go on.
+        """
         end = time.monotonic() + _PAUSED_SLEEP_MAX
         while self._settled != self._handed_over and time.monotonic() < end:
             time.sleep(_IDLE_SLEEP)

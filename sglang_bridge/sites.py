@@ -252,7 +252,9 @@ def apply(*hooked: Site) -> None:
 
     HookRegistry.apply_hooks()
     for site in hooked:
-        if not hasattr(_resolve(site.target), "__wrapped__"):
+        # SGLang decorates some of its methods itself, so being wrapped alone is no proof.
+        wrapped = hasattr(_resolve(site.target), "__wrapped__")
+        if not wrapped or site.target not in HookRegistry._patched:
             raise StartRefused(f"SGLang {version()} did not apply the hook on {site.target}")
 
 

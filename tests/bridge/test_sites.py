@@ -70,9 +70,15 @@ def test_a_base_class_form_of_a_site_is_not_taken_for_it(
     assert f"SGLang {sites.version()} has no {target}, only a base class's" in message
 
 
-def test_a_hook_that_was_not_applied_is_noticed(found: dict[str, str | None]) -> None:
-    assert found["not hooked"] is not None
-    assert sites.COLLECT.target in found["not hooked"]
+@pytest.mark.parametrize("target", [site.target for site in sites.SCHEDULER], ids=short)
+def test_a_hook_that_was_not_applied_is_noticed(target: str, found: dict[str, str | None]) -> None:
+    message = found[f"not hooked {target}"]
+    assert message is not None
+    assert f"SGLang {sites.version()} did not apply the hook on {target}" in message
+
+
+def test_all_hooks_of_a_scheduler_are_applied(found: dict[str, str | None]) -> None:
+    assert found["all hooked"] is None
 
 
 def test_registering_ends_the_process_because_sglang_would_swallow_an_exception(

@@ -41,7 +41,6 @@ def test_runs_cover_each_row_once_within_their_lane(
     for run in plan_runs(jobs, ROW, lane * ROW, lane_rows):
         assert 0 < run.nbytes <= lane * ROW
         assert run.rows == sum(piece.rows for piece in run.pieces) <= lane_rows
-        assert len(run.pieces) <= PIECES_MAX
         tags = 0
         for piece in run.pieces:
             assert piece.tag == tags
@@ -64,3 +63,9 @@ def test_records_that_lie_together_are_one_copy() -> None:
     assert len(list(plan_runs(jobs, ROW, 1 << 20, 1 << 16))) == 1
     jobs = jobs_at([100] * 50, [True] * 50)
     assert len(list(plan_runs(jobs, ROW, 1 << 20, 1 << 16))) == 50
+
+
+def test_a_run_has_no_more_pieces_than_its_buffers() -> None:
+    jobs = jobs_at([1] * (2 * PIECES_MAX + 1), [False] * (2 * PIECES_MAX + 1))
+    runs = list(plan_runs(jobs, ROW, 1 << 20, 1 << 16))
+    assert [len(run.pieces) for run in runs] == [PIECES_MAX, PIECES_MAX, 1]

@@ -48,10 +48,11 @@ def test_a_location_that_was_never_written_is_wrong_for_every_token() -> None:
     assert wrong_rows(tags, places_of([0, VOCABULARY, -1], 0)).all()
 
 
-def test_ids_outside_the_vocabulary_share_one_code() -> None:
+@pytest.mark.parametrize("foreign", [VOCABULARY, VOCABULARY + 1, 1 << 40, -1, -(1 << 63)])
+def test_ids_outside_the_vocabulary_share_one_code(foreign: int) -> None:
     """Multimodal code stands images in with such ids and clamps them at different moments."""
-    foreign = [VOCABULARY, VOCABULARY + 1, 1 << 40, -1]
-    assert not wrong_rows(tags_of(foreign, 0), places_of(foreign[::-1], 0)).any()
+    assert not wrong_rows(tags_of([7, foreign], 0), places_of([7, foreign], 0)).any()
+    assert not wrong_rows(tags_of([7, foreign], 0), places_of([7, VOCABULARY], 0)).any()
 
 
 def test_an_id_outside_the_vocabulary_is_no_id_inside_it() -> None:

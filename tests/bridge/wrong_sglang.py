@@ -5,6 +5,7 @@ Prints a JSON object: what was changed -> what the check said (null: nothing).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pkgutil
@@ -18,7 +19,7 @@ import sglang.srt.entrypoints.openai.serving_chat
 import sglang.srt.entrypoints.openai.serving_completions
 import sglang.srt.managers.scheduler  # noqa: F401
 
-from sglang_bridge import plugin, sites
+from sglang_bridge import plugin, scheduler, sites
 from sglang_bridge.errors import StartRefused
 
 BASIC = (sites.ADD_ARGUMENTS, sites.FROM_ARGUMENTS, sites.RESOLVE)
@@ -112,7 +113,9 @@ def main() -> None:
     found["everything back"] = said(check_everything)
 
     # A hook that SGLang cannot apply is only logged by it.
-    found["not hooked"] = said(lambda: sites.apply(sites.COLLECT))
+    for site in sites.SCHEDULER:
+        found[f"not hooked {site.target}"] = said(functools.partial(sites.apply, site))
+    found["all hooked"] = said(scheduler.register)
     # What the loader would swallow ends the process instead.
     os.environ["SHMROUTE_ARENA"] = "asked-for"
     with without(sites.RESOLVE.target):

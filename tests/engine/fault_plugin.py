@@ -101,12 +101,12 @@ def _late() -> None:
     import sglang_bridge.collect as collect
     from sglang_bridge.publisher import Publisher
 
-    ended, flush = collect._ended, Publisher.flush
+    finished, flush = collect._finished, Publisher.flush
     seen: dict[str, Any] = {}
 
     def remembering(req: Any, pool: Any, *arguments: Any) -> Any:
         seen[str(req.rid)] = (pool, req.kv.req_pool_idx)
-        return ended(req, pool, *arguments)
+        return finished(req, pool, *arguments)
 
     def rereading(self: Any) -> None:
         for job in self._pending:
@@ -117,7 +117,7 @@ def _late() -> None:
                 job.request.locations = row[job.request.start : end].clone()
         flush(self)
 
-    collect._ended, Publisher.flush = remembering, rereading
+    collect._finished, Publisher.flush = remembering, rereading
 
 
 def _altered() -> None:
