@@ -84,8 +84,8 @@ def _positions(count: int) -> npt.NDArray[np.int64]:
 def are_all_right(tags: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> bool:
     """Whether every tag names its place and all are of the first one's epoch, as most often.
 
-    One calculation and a comparison of bytes: NumPy lets go of the interpreter in every calculation, and
-    gets it back when the engine's scheduler thread pleases.
+    One calculation and a comparison of bytes: NumPy lets go of the interpreter in every
+    calculation, and gets it back when the engine's scheduler thread pleases.
     """
     if not len(tags) or tags[0] < 0:
         return False
