@@ -15,7 +15,7 @@ ticket is first needed, and is then done for all requests of the step in one loo
 requests that end SGLang runs as much code as fills the processor's caches, and what is done once
 a request there costs several times what it costs in a loop (``bench/engine.py`` on an H200: 160
 requests in one step took 12.8 ms of the scheduler thread when all was done where each ended, at
-755b7e9, and 5.2 this way, at 9c6a258).
+755b7e9, and 2.7 this way, at 5bc856c).
 
 Who issues, whichever comes first: the making of a finished request's response (SGLang reads
 ``req.routed_experts`` there and nowhere else), the end of the step, the end of a later forward,
