@@ -42,7 +42,7 @@ from shmroute.ticket import decode
 
 EXAMPLES = int(os.environ.get("SHMROUTE_MODEL_EXAMPLES", 0))
 SEED = int(os.environ.get("SHMROUTE_MODEL_SEED", random.randrange(1 << 32) if EXAMPLES else 4))
-SAMPLES_OF_MAKE_TEST, EXAMPLES_OF_MAKE_TEST, STEPS = 4, 120, 50
+SAMPLES_OF_MAKE_TEST, EXAMPLES_OF_MAKE_TEST, STEPS = 8, 120, 50
 
 SLOTS, CAPACITY = 6, 53248  # a heap of 32 KiB, of which the largest record takes two fifths
 READERS = 3
@@ -186,12 +186,12 @@ class StoreModel(RuleBasedStateMachine):
         self.life.failed(record, self.model.now())
 
     @precondition(lambda self: self.writer)
-    @rule(rid=RIDS, tokens=TOKENS)
-    def finish(self, rid: str, tokens: int) -> None:
+    @rule(rid=RIDS, tokens=TOKENS, missing=MISSING)
+    def finish(self, rid: str, tokens: int, missing: tuple[tuple[int, int], ...]) -> None:
         """A whole request."""
         record = self.reserve_one(rid, tokens)
         if record is not None:
-            self.seal_one(record)
+            self.seal_one(record, missing)
 
     @precondition(lambda self: self.writer)
     @rule(rid=RIDS, tokens=TOKENS)
