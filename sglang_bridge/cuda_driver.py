@@ -71,7 +71,7 @@ class Event:
     __slots__ = ("_handle",)
 
     def __init__(self, *, blocking: bool = False) -> None:
-        handle = ctypes.c_void_p()
+        handle = _HANDLE()
         code = _create(ctypes.byref(handle), _DISABLE_TIMING | (_BLOCKING_SYNC if blocking else 0))
         if code:
             raise _refused(code, "cuEventCreate")

@@ -258,7 +258,7 @@ def plan_extent(row_bytes: int, rid_bytes: int, tokens: int) -> ExtentPlan:
     runs of weight versions; it stays under 2% of the rows of any record above 64 KB.
     """
     rows = tokens * row_bytes
-    metadata = rid_bytes + 128 + (tokens + 7) // 8 + (rows // 128 if rows < 524288 else 4096)
+    metadata = rid_bytes + 128 + (tokens + 7) // 8 + min(rows // 128, 4096)
     # ``align``, twice, without its calls.
     metadata_offset = rows + -rows % EXTENT_ALIGN
     return ExtentPlan(rows, metadata_offset, metadata_offset + metadata + -metadata % EXTENT_ALIGN)

@@ -294,13 +294,10 @@ class RecordWriter:
 
         An older record of this rid must not come up again when this one has been released.
         """
-        named, hashes = self._slot_named, self._hashes
-        older = named.get(name)
-        if older is not None:
-            hashes[older] = 0
-        named.pop(hashes[slot], None)  # the name of its last record
-        named[name] = slot
-        hashes[slot] = name
+        self._forget(name)
+        self._slot_named.pop(self._hashes[slot], None)  # the name of its last record
+        self._slot_named[name] = slot
+        self._hashes[slot] = name
 
     def forget_name(self, rid: str) -> None:
         """Let no search for the rid find an older record: a newer one is not in the arena."""
