@@ -40,11 +40,11 @@ class DriverCalls:
         self._source = pool.data_ptr()
         self._bytes = TOKENS * gatherer._row_bytes
         self._rows = torch.empty(self._bytes, dtype=torch.uint8).pin_memory()
-        self._tags = torch.empty(TOKENS, dtype=torch.int64).pin_memory()
-        self._targets = self._rows.data_ptr(), self._tags.data_ptr()
+        self._buffer = gatherer._buffers.take()
+        self._target = self._rows.data_ptr()
 
     def __call__(self) -> None:
-        lane, (rows, tags) = self._lane, self._targets
+        lane, buffer = self._lane, self._buffer
         locations = self._locations.data_ptr()
         self._begin.hold_back(self._gather)
         copy(locations, self._source, 4 * TOKENS, self._gather)
@@ -52,15 +52,14 @@ class DriverCalls:
         self._taken.hold_back(self._schedule)
         self._launch(
             (locations, TOKENS, 0, 0),
-            lane.pieces_address,
+            buffer.pieces_address,
+            buffer.tags_address,
             1,
             TOKENS,
             lane.words_address,
-            lane.tags_address,
             self._gather,
         )
         self._gathered.record(self._gather)
         self._gathered.hold_back(self._copy)
-        copy(rows, lane.words_address, self._bytes, self._copy)
-        copy(tags, lane.tags_address, 8 * TOKENS, self._copy)
+        copy(self._target, lane.words_address, self._bytes, self._copy)
         self._copied.record(self._copy)

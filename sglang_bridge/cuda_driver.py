@@ -1,7 +1,7 @@
 """CUDA's driver calls that the scheduler thread makes for each request: copy, record, wait.
 
 Through torch each of these costs 5 to 20 us of Python (views, stream contexts, event objects)
-and there are ten a request, the gather's launch included; called in the driver itself, 1 to 5 us.
+and there are nine a request, the gather's launch included; called in the driver itself, 1 to 5 us.
 In caches that SGLang's own work has filled since the last request, code costs by its size, so
 nothing lies between but ctypes (``bench/gpu.py`` shows what they take there). Streams are torch's,
 by their handles; memory is torch's, by its addresses, so whoever calls keeps the tensors alive
@@ -16,8 +16,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from .errors import DeviceError
 
@@ -98,12 +96,6 @@ class Event:
         code = _synchronize(self._handle)
         if code:
             raise _refused(code, "cuEventSynchronize")
-
-
-def current_stream(device: int) -> int:
-    """Handle of the calling thread's current stream, without torch's object around it."""
-    handle: int = torch._C._cuda_getCurrentRawStream(device)
-    return handle
 
 
 def copy(target: int, source: int, nbytes: int, stream: int) -> None:

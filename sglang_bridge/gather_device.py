@@ -4,10 +4,11 @@ Flow, with what orders each step::
 
     gather stream   snapshot of a request's KV locations   after the writes of req_to_token
                     (or on the schedule stream, below)     that were asked for before it
-                    rows and tags into a lane of staging   after the lane's last copy
+                    rows into a lane of staging, tags      after the lane's last copy
+                    into page-locked host memory
                     the next scatter waits for this (``fence``), and the whole of a forward
                     that has its scatter inside (``forward_begins``)
-    copy stream     lane -> page-locked arena, tags -> host buffer      after the gather
+    copy stream     lane -> page-locked arena                           after the gather
     sealer thread   waits for the copy's event, then reads the tags
 
 Two streams, so that the next gather, and through it the next forward, never queues behind
@@ -43,15 +44,14 @@ import torch
 
 from shmroute import Arena
 from shmroute.counters import Counters
-from shmroute.cuda_runtime import relaxed_capture
+from shmroute.cuda_runtime import current_stream, relaxed_capture
 from shmroute.pinned import PageLock
 
-from .cuda_driver import Event, copy, current_stream
+from .cuda_driver import Event, copy
 from .finished import Finished, Gathered, Job
 from .kernels import Gather
 from .staging import (
     LANES,
-    PIECE_FIELDS,
     STAGING_BYTES,
     HostBuffer,
     HostBuffers,
@@ -63,7 +63,7 @@ from .table import RouteTable
 
 logger = logging.getLogger("shmroute")
 
-_INT32, _INT64 = 4, 8
+_INT32 = 4
 _LOCATIONS_LEAST = 1 << 18
 # Of a step's requests the first one's locations are copied alone. Then all of SGLang's pool is,
 # once for those that may follow, if it is no larger than this.
@@ -156,15 +156,16 @@ class DeviceGatherer:
 
     def _compile(self) -> None:
         """Gather a piece of no rows: the first launch compiles, which no request shall wait for."""
-        lane, nothing = self._lanes[0], (0, 0, 0, 0)
-        self._gather_rows(nothing, lane.pieces, 1, 1, lane.words, lane.tags, self._gather)
+        words, buffer, nothing = self._lanes[0].words, self._buffers.take(), (0, 0, 0, 0)
+        self._gather_rows(nothing, *buffer.tensors, 1, 1, words, self._gather)
+        self._buffers.give(buffer)
 
     def _make_lanes(self) -> None:
-        self._lanes = [self._new_lane(self._lane_bytes, self._lane_rows) for _ in range(LANES)]
+        self._lanes = [self._new_lane(self._lane_bytes) for _ in range(LANES)]
 
-    def _new_lane(self, nbytes: int, rows: int) -> Lane:
+    def _new_lane(self, nbytes: int) -> Lane:
         with torch.cuda.stream(self._gather_stream):  # whose later allocations may reuse it
-            return Lane(nbytes, rows, self._table.words.dtype, self.device)
+            return Lane(nbytes, self._table.words.dtype, self.device)
 
     # -- the order of the schedule stream ----------------------------------------------------
 
@@ -305,7 +306,7 @@ class DeviceGatherer:
         buffer = self._buffers.take()
         # Kept for good if what follows fails: a copy may be on its way into it.
         self._in_doubt.append(buffer)
-        lane = self._new_lane(run.nbytes, run.rows) if work.pageable else self._take_lane()
+        lane = self._new_lane(run.nbytes) if work.pageable else self._take_lane()
         before = lane.buffer
         if before is not None and not before.arrived:
             before.copied.hold_back(self._gather)
@@ -318,7 +319,6 @@ class DeviceGatherer:
             self._counters.add("pageable_copies")
         else:
             self.copy_rows(run, lane)
-        copy(buffer.tags_address, lane.tags_address, _INT64 * run.rows, self._copy)
         buffer.arrived = False
         buffer.copied.record(self._copy)
         lane.buffer = buffer
@@ -345,15 +345,13 @@ class DeviceGatherer:
         if count > 1:
             longest = max([piece.rows for piece in run.pieces])
             buffer.pieces[:count] = pieces
-            nbytes = _INT64 * PIECE_FIELDS * count
-            copy(lane.pieces_address, buffer.pieces_address, nbytes, self._gather)
         self._gather_rows(
             pieces[0],
-            lane.pieces_address,
+            buffer.pieces_address,
+            buffer.tags_address,
             count,
             longest,
             lane.words_address,
-            lane.tags_address,
             self._gather,
         )
 

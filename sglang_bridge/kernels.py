@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .cuda_driver import current_stream
+from shmroute.cuda_runtime import current_stream
+
 from .staging import PIECE_FIELDS
 from .tags import EPOCH_MASK, EPOCH_SHIFT, FOREIGN_TOKEN, INVALID, POSITION_SHIFT
 
@@ -412,13 +413,13 @@ class Gather:
         self,
         first: tuple[int, int, int, int],
         pieces: torch.Tensor | int,
+        staged_tags: torch.Tensor | int,
         count: int,
         longest: int,
         staging: torch.Tensor | int,
-        staged_tags: torch.Tensor | int,
         stream: int | None = None,
     ) -> None:
-        """Copy rows and tags of several pieces, each with its own locations, into staging.
+        """Copy rows and tags of several pieces, each with its own locations, out of the table.
 
         Parameters
         ----------
@@ -426,10 +427,14 @@ class Gather:
             Of the first piece: address of ``int32`` KV locations on the device, number of rows,
             first row's place in ``staging`` in words, first tag's place in ``staged_tags``.
         pieces
-            ``int64 [count, 4]`` on the device, the same of every piece; the first is not read.
-            This and what follows: tensors at the first call, also addresses later.
+            ``int64 [count, 4]``, the same of every piece; the first is not read. Tensors, this and
+            the others, at the first call, also addresses later.
+        staged_tags
+            ``int64``, like ``pieces`` on the device or in page-locked memory.
         longest
             Most rows of any piece.
+        staging
+            On the device, words of the table.
         stream
             A handle; None: the current one.
         """

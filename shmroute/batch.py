@@ -1,12 +1,13 @@
 """``read_batch``: the routes of a batch of samples, packed into one tensor where they are used.
 
 Protocol
-    1 learn which rows there are: tickets say it, records named by rid are opened. Join those of
-      one sequence, see ``sequences``, and cut out what the rank computes, see ``partition``
+    1 learn how many rows there are: tickets say it, records named by rid are opened. Where
+      sequences are joined of several records, see ``sequences``, or a rank computes a part of
+      them, see ``partition``, that is worked out now, too
     2 open each record, under its lease; check that it fits the others; queue its copies, see
       ``transfer``. That takes about 20 us, in which PCIe carries 1 MB: the copy of the one
-      before is under way meanwhile. Before the first copy nothing is, so no more than that is
-      looked at in step 1
+      before is under way meanwhile. Before the first copy nothing is, so no more than what
+      memory is taken by is looked at in step 1
     3 fill what no record has a row for, see ``padding``
     4 let go: at once where the copies are done, else when the GPU has passed them
 
@@ -21,14 +22,14 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import selection, sequences
+from . import selection
 from .metadata import merge_ranges
 from .opening import Record
-from .partition import Cut, Partition
+from .partition import Partition
 from .reader import ShmRouteReader
 from .records import Records
 from .selection import Run
-from .sequences import Joined
+from .sequences import Share, Whole
 
 if TYPE_CHECKING:
     import torch
@@ -234,25 +235,27 @@ def _packed(
 
     layout = records[0].routes
     chosen = selection.positions(layers, len(layout.layer_ids))
-    joined = records.sequences()
-    cut = _cut(joined, records, tokens, pad)
+    share = _whole(records) if pad is None else _padded(records, tokens or Partition())
+    if share.rows > _ROWS_MAX:
+        raise ValueError(f"{share.rows} rows in a batch; cu_seqlens (int32) counts to {_ROWS_MAX}")
     if out is not None:
-        out = _first_rows(out, (cut.rows, len(chosen), layout.top_k), dtype, layout)
-    placed: list[tuple[Record, list[Run]]] = []
+        out = _first_rows(out, (share.rows, len(chosen), layout.top_k), dtype, layout)
+    placed: list[tuple[Record, Sequence[Run]]] = []
     rows = transfer.pack(
-        _rows_of(records, sequences.places(joined, cut), placed),
+        _rows_of(records, share.places(), placed),
         selection.runs(chosen),
-        rows=cut.rows,
+        rows=share.rows,
         layout=layout,
         device=device,
         dtype=dtype,
         out=out,
     )
     missing = _missing(placed)
+    joined = share.joined
     return RouteBatch(
         rows=rows,
         # Not ``torch.tensor(..., device=device)``, which waits for the stream.
-        cu_seqlens=torch.tensor(sequences.cumulative(cut, len(joined)), dtype=torch.int32).to(
+        cu_seqlens=torch.tensor(share.cumulative(), dtype=torch.int32).to(
             device, non_blocking=True
         ),
         rids=tuple([records[sequence.turns[-1].record].rid for sequence in joined]),
@@ -265,31 +268,32 @@ def _packed(
     )
 
 
-def _cut(
-    joined: Sequence[Joined], records: Records, tokens: Partition | None, pad: Pad | None
-) -> Cut:
-    """What the rank computes, or without padding all rows there are."""
-    if pad is not None:
-        cut = (tokens or Partition()).cut([sequence.end + 1 for sequence in joined])
-    else:
-        for number, (sequence, turns) in enumerate(zip(joined, records.turns, strict=True)):
-            if turns is not None and sequence.start:
-                raise ValueError(
-                    f"source {number}: its first turn has rows from token {sequence.start} on, so "
-                    f"tokens [0, {sequence.start}) have none: add the turn that has them, or say "
-                    "what stands there with pad"
-                )
-        cut = sequences.rows_only(joined)
-    if cut.rows > _ROWS_MAX:
-        raise ValueError(f"{cut.rows} rows in a batch; cu_seqlens (int32) counts to {_ROWS_MAX}")
-    return cut
+def _padded(records: Records, tokens: Partition) -> Share:
+    """What the rank computes."""
+    joined = list(records.sequences())
+    return Share(joined, tokens.cut([sequence.end + 1 for sequence in joined]))
+
+
+def _whole(records: Records) -> Whole:
+    """All rows there are."""
+    if not records.in_turns:
+        return Whole(records.rows(), records.sequences())
+    joined = list(records.sequences())
+    for number, (sequence, turns) in enumerate(zip(joined, records.turns, strict=True)):
+        if turns is not None and sequence.start:
+            raise ValueError(
+                f"source {number}: its first turn has rows from token {sequence.start} on, so "
+                f"tokens [0, {sequence.start}) have none: add the turn that has them, or say "
+                "what stands there with pad"
+            )
+    return Whole(sum([sequence.end - sequence.start for sequence in joined]), joined)
 
 
 def _rows_of(
     records: Records,
-    places: Iterable[tuple[int, list[Run]]],
-    placed: list[tuple[Record, list[Run]]],
-) -> Iterator[tuple[Rows, list[Run]]]:
+    places: Iterable[tuple[int, Sequence[Run]]],
+    placed: list[tuple[Record, Sequence[Run]]],
+) -> Iterator[tuple[Rows, Sequence[Run]]]:
     """What ``transfer.pack`` takes; each record is opened when it is asked for and noted down."""
     for index, runs in places:
         record = records[index]
@@ -297,7 +301,7 @@ def _rows_of(
         yield record.rows, runs
 
 
-def _missing(placed: Iterable[tuple[Record, list[Run]]]) -> tuple[tuple[int, int], ...]:
+def _missing(placed: Iterable[tuple[Record, Sequence[Run]]]) -> tuple[tuple[int, int], ...]:
     """Ranges of the batch's rows that the records miss."""
     return tuple(
         sorted(
@@ -312,7 +316,7 @@ def _missing(placed: Iterable[tuple[Record, list[Run]]]) -> tuple[tuple[int, int
 
 def _pad(
     rows: torch.Tensor,
-    placed: Iterable[tuple[Record, list[Run]]],
+    placed: Iterable[tuple[Record, Sequence[Run]]],
     missing: Sequence[tuple[int, int]],
     pad: Pad | None,
 ) -> torch.Tensor | None:

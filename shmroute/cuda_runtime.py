@@ -1,4 +1,4 @@
-"""The calls of the CUDA runtime that are needed here and that torch does not bind.
+"""The calls of the CUDA runtime that are needed here and that torch does not bind, or dearly.
 
 They are looked up in the library that torch has loaded already, never loaded anew: a second
 copy of the runtime would have errors and modes of its own. A torch that links the runtime
@@ -68,6 +68,12 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
         clear_error()
         said = _library().cudaGetErrorString(code).decode()  # type: ignore[union-attr]
         raise RuntimeError(f"a copy of {nbytes} bytes to the GPU was refused: {said} ({code})")
+
+
+def current_stream(device: int) -> int:
+    """Handle of the calling thread's current stream, without torch's object around it."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle
 
 
 def clear_error() -> None:

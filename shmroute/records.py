@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .errors import LayoutMismatch
@@ -35,6 +35,11 @@ class Records:
         See ``ShmRouteReader``.
     timeout
         Seconds to wait for records that are not there yet, all together.
+
+    Attributes
+    ----------
+    in_turns
+        Whether a source is a list of records.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Records:
         self._sources: list[SkimmedTicket | Ticket | InlineRecord | str] = []
         self._firsts: list[int] = []
         self._turns: list[int | None] = []
+        self.in_turns = False
         self._opened: dict[int, Record] = {}
         self._known: dict[Any, int] = {}
         for source in as_many(sources):
@@ -61,6 +67,7 @@ class Records:
         if not source:
             raise ValueError(f"source {len(self._turns)} is a sequence of no records")
         self._turns.append(len(source))
+        self.in_turns = True
         self._sources += map(skim_source, source)
 
     def __getitem__(self, index: int) -> Record:
@@ -74,7 +81,7 @@ class Records:
             self._check(index, record)
         return record
 
-    def sequences(self) -> list[Joined]:
+    def sequences(self) -> Iterator[Joined]:
         """One of each source, as the tickets say. Each is compared with its record when that is
         opened; if it says a lot, now, before memory is taken for it.
 
@@ -83,11 +90,13 @@ class Records:
         ValueError
             See ``sequences.join``.
         """
-        bounds = [self._bounds(index) for index in range(len(self._sources))]
-        return [
-            join(number, first, bounds[first : first + (turns or 1)])
-            for number, (first, turns) in enumerate(zip(self._firsts, self._turns, strict=True))
-        ]
+        for number, (first, turns) in enumerate(zip(self._firsts, self._turns, strict=True)):
+            last = first + (turns or 1)
+            yield join(number, first, [self._bounds(index) for index in range(first, last)])
+
+    def rows(self) -> int:
+        """Of all records, where no source is a list of them."""
+        return sum([self._bounds(index)[1] for index in range(len(self._sources))])
 
     @property
     def turns(self) -> Sequence[int | None]:

@@ -18,7 +18,7 @@ last one was sampled and never forwarded.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from .partition import Cut, Piece
@@ -73,7 +73,7 @@ def join(source: int, first_record: int, bounds: Sequence[tuple[int, int]]) -> J
     ValueError
         The turns are not in order, or rows between two of them are in neither.
     """
-    if len(bounds) == 1:  # most are, and all are joined before the first copy begins
+    if len(bounds) == 1:  # most are
         ((start, tokens),) = bounds
         return Joined((Turn(first_record, start, start, start + tokens),))
     for turn, ((start, tokens), (later, _)) in enumerate(itertools.pairwise(bounds)):
@@ -101,25 +101,67 @@ def join(source: int, first_record: int, bounds: Sequence[tuple[int, int]]) -> J
     )
 
 
-def rows_only(sequences: Sequence[Joined]) -> Cut:
-    """All rows that there are, one sequence's behind the other's; no token without one."""
-    pieces = []
-    to = 0
-    for number, sequence in enumerate(sequences):
-        start, end = sequence.start, sequence.end
-        pieces.append(Piece(to, number, start, end))
-        to += end - start
-    return Cut(to, tuple(pieces))
+class Whole:
+    """All rows that there are, one sequence's behind the other's; no token without one.
+
+    Parameters
+    ----------
+    rows
+        Of all sequences.
+    sequences
+        Each is taken when its records are to be opened, and joined then: the copy of those
+        before is under way by that time.
+
+    Attributes
+    ----------
+    joined
+        The sequences that were taken.
+    """
+
+    def __init__(self, rows: int, sequences: Iterable[Joined]) -> None:
+        self.rows = rows
+        self.joined: list[Joined] = []
+        self._sequences = sequences
+
+    def places(self) -> Iterator[tuple[int, Sequence[Run]]]:
+        """Each record in turn, and which of its rows go where in the batch; maybe none do."""
+        to = 0
+        for sequence in self._sequences:
+            self.joined.append(sequence)
+            start = sequence.start
+            for record, zero, first, end in sequence.turns:
+                run = Run(to + first - start, first - zero, end - zero)
+                yield record, (run,) if first < end else ()
+            to += sequence.end - start
+
+    def cumulative(self) -> list[int]:
+        """Where each sequence's rows end, with a zero before the first."""
+        lengths = [sequence.end - sequence.start for sequence in self.joined]
+        return list(itertools.accumulate(lengths, initial=0))
 
 
-def places(sequences: Sequence[Joined], cut: Cut) -> Iterator[tuple[int, list[Run]]]:
-    """Each record in turn, and which of its rows go where in a rank's; maybe none do."""
-    pieces: list[list[Piece]] = [[] for _ in sequences]
-    for piece in cut.pieces:
-        pieces[piece.sequence].append(piece)
-    for sequence, computed in zip(sequences, pieces, strict=True):
-        for turn in sequence.turns:
-            yield turn.record, list(_runs(turn, computed))
+class Share:
+    """What one rank computes of the sequences, see ``partition``."""
+
+    def __init__(self, joined: Sequence[Joined], cut: Cut) -> None:
+        self.rows = cut.rows
+        self.joined = joined
+        self._pieces: list[list[Piece]] = [[] for _ in joined]
+        for piece in cut.pieces:
+            self._pieces[piece.sequence].append(piece)
+
+    def places(self) -> Iterator[tuple[int, Sequence[Run]]]:
+        """See ``Whole.places``."""
+        for sequence, computed in zip(self.joined, self._pieces, strict=True):
+            for turn in sequence.turns:
+                yield turn.record, list(_runs(turn, computed))
+
+    def cumulative(self) -> list[int]:
+        """See ``Whole.cumulative``; one that has no row here ends as the one before."""
+        ends = [0]
+        for pieces in self._pieces:
+            ends.append(max([ends[-1], *(piece.to + piece.end - piece.first for piece in pieces)]))
+        return ends
 
 
 def _runs(turn: Turn, pieces: Sequence[Piece]) -> Iterator[Run]:
@@ -128,11 +170,3 @@ def _runs(turn: Turn, pieces: Sequence[Piece]) -> Iterator[Run]:
         first, end = max(turn.first, piece.first), min(turn.end, piece.end)
         if first < end:
             yield Run(piece.to + first - piece.first, first - turn.start, end - turn.start)
-
-
-def cumulative(cut: Cut, sequences: int) -> list[int]:
-    """Where each sequence's rows end in a rank's, with a zero before the first."""
-    ends = [0] * (sequences + 1)
-    for piece in cut.pieces:
-        ends[piece.sequence + 1] = piece.to + piece.end - piece.first
-    return list(itertools.accumulate(ends, max))  # one that has no row here ends as the one before

@@ -37,7 +37,7 @@ import torch
 
 from . import inflight, kept_memory, views
 from .attached import AttachedArena
-from .cuda_runtime import can_copy, copy_to_device
+from .cuda_runtime import can_copy, copy_to_device, current_stream
 from .layout import RouteLayout
 from .selection import Run
 from .side_by_side import sharing
@@ -142,14 +142,6 @@ class _Block(NamedTuple):
         """``[rows, end - first]``."""
         return self.memory.as_strided((self.rows, end - first), (self.width, 1), self.first + first)
 
-    @property
-    def address(self) -> int:
-        return self.memory.untyped_storage().data_ptr() + self.first * self.memory.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows * self.width * self.memory.itemsize
-
     def part(self, first: int, end: int) -> _Block:
         """Rows ``[first, end)``."""
         return self._replace(first=self.first + first * self.width, rows=end - first)
@@ -238,8 +230,8 @@ class _Heaps(dict[AttachedArena, torch.Tensor]):
 class _HeapsForGpu(_Heaps):
     """The same, as copies to a GPU can read them, where they can.
 
-    For whole rows that is the memory on the CPU, for the copy engine; for some layers the same
-    memory as a CUDA tensor, for a kernel.
+    For whole rows that is the memory on the CPU, for the copy engine where it has to be asked
+    through torch; for some layers the same memory as a CUDA tensor, for a kernel.
     """
 
     def __init__(self, word: torch.dtype, device: torch.device, *, whole_rows: bool) -> None:
@@ -323,27 +315,47 @@ def _gather(
             "records whose leases have ended. Read them before, into a tensor of the graph's"
         )
     whole_rows = len(columns) == 1 and packed.shape[1] == width
+    by_address = whole_rows and can_copy()
     heaps = _HeapsForGpu(packed.dtype, packed.device, whole_rows=whole_rows)
-    stream = torch.cuda.current_stream().cuda_stream if whole_rows and can_copy() else None
     kept: list[Any] = []
     try:
+        if by_address:
+            records = _but_for_whole_rows(records, packed, kept)
         for rows, source, to in _placed(records, width, heaps):
             target = _Block.of(packed, to, source.rows)
             if isinstance(rows, views.LeasedRows) and rows.arena in heaps.reachable:
                 kept.append(rows)
-                if stream is None:
-                    _copy(source, columns, target)
-                else:
-                    copy_to_device(target.address, source.address, source.nbytes, stream)
+                _copy(source, columns, target)
             else:
                 _bounce.send(source, columns, target)
     finally:
         if kept:  # also when a later record failed: the earlier copies are under way
             inflight.hold(torch.cuda.current_stream(), kept)
         # Before 2.6 torch refuses this for tensors of inference mode, which have no version.
-        if stream is not None and not packed.is_inference():
+        if by_address and not packed.is_inference():
             # As torch's own copies do: a graph of autograd may have kept ``out``.
             torch.autograd.graph.increment_version(packed)
+
+
+def _but_for_whole_rows(
+    records: Iterable[tuple[Rows, Sequence[Run]]], packed: torch.Tensor, kept: list[Any]
+) -> Iterator[tuple[Rows, Sequence[Run]]]:
+    """Queue the copies of records that the copy engine can take as they lie; yield the others.
+
+    What it takes is added to ``kept``. By addresses alone: no tensor is made of any record.
+    """
+    row_bytes = packed.shape[1] * packed.itemsize
+    target, device = packed.data_ptr(), packed.device.index
+    stream = current_stream(device)
+    for rows, ranges in records:
+        if not isinstance(rows, views.LeasedRows) or not rows.arena.page_locked(device):
+            yield rows, ranges
+            continue
+        kept.append(rows)
+        source = rows.address
+        for to, first, end in ranges:
+            nbytes = (end - first) * row_bytes
+            copy_to_device(target + to * row_bytes, source + first * row_bytes, nbytes, stream)
 
 
 def _as_seen_by_gpu(words: torch.Tensor, device: torch.device) -> torch.Tensor:

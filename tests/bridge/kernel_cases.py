@@ -79,7 +79,7 @@ def test_a_location_outside_the_table_is_neither_written_nor_read() -> None:
     none = torch.zeros((1, 4), dtype=torch.int64)
     staging = torch.zeros(9, dtype=table.words.dtype)
     tags = torch.zeros(3, dtype=torch.int64)
-    kernels.Gather(table.words, table.tags)((wanted.data_ptr(), 3, 0, 0), none, 1, 3, staging, tags)
+    kernels.Gather(table.words, table.tags)((wanted.data_ptr(), 3, 0, 0), none, tags, 1, 3, staging)
     assert tags.tolist() == [int(table.tags[3]), -1, -1]
 
 
@@ -101,7 +101,7 @@ def test_the_gather_kernel_takes_several_pieces_to_their_places(top_k: int) -> N
     ]
     pieces = torch.tensor(each)
     pieces[0] = -1  # which nobody reads
-    kernels.Gather(table.words, table.tags)(each[0], pieces, 3, max(lengths), staging, tags)
+    kernels.Gather(table.words, table.tags)(each[0], pieces, tags, 3, max(lengths), staging)
     for where, n, place, first in zip(locations, lengths, places, firsts, strict=True):
         got = staging[place : place + n * words].view(n, words)
         assert (got == table.words[where.long()]).all()
