@@ -27,8 +27,8 @@ everything runs. `engine_workloads` says how each load is timed, `engine_figures
 follow. ``--trace`` adds what the scheduler thread spends (`engine_trace`).
 
 ``--raw FOLDER`` keeps each engine's measurements, and takes those that are there into the
-figures: alternating starts can be spread over several commands on one machine. The exit code is
-1 when a figure misses its budget, 2 when an engine failed.
+figures: alternating starts can be spread over several commands on one machine. The result file
+names them all. The exit code is 1 when a figure misses its budget, 2 when an engine failed.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Bench:
                     runs=self._options.runs,
                     trace=str(trace or ""),
                     result=str(self._raw / f"{name}.json"),
+                    command=" ".join(["python bench/engine.py", *_shown(sys.argv[1:])]),
                 ),
             )
         except EngineStartError as error:
@@ -301,13 +302,14 @@ def main() -> int:
 
 
 def _report(bench: Bench, options: argparse.Namespace) -> None:
-    rows = result_rows(bench.figures())
+    runs = bench.figures()
+    rows = result_rows(runs)
     if not rows:
         return
     print_table(rows, "shmroute engine")
     if options.json:
-        command = " ".join(["python bench/engine.py", *_shown(sys.argv[1:])])
-        write(options.json, "engine", command, rows)
+        commands = dict.fromkeys(run["command"] for run in runs)
+        write(options.json, "engine", "; ".join(commands), rows)
 
 
 def _shown(words: list[str]) -> list[str]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import engine_memory
 import numpy as np
-from engine_setup import CONFIGURATIONS
+from engine_setup import CONFIGURATIONS, dimensions
 from result_file import Row, Sense
 
 MS, US, MIB = 1e3, 1e6, 1 / 2**20
@@ -54,6 +54,9 @@ class Figures:
 
     def loads(self, configuration: str, block: str) -> list[Any]:
         return [load for run in self.of(configuration) for load in run.get(block, ())]
+
+    def traced(self, configuration: str) -> bool:
+        return any(run.get("trace") for run in self.of(configuration))
 
     def traces(self, configuration: str, *blocks: str) -> list[Any]:
         return [one for one in self.loads(configuration, "trace") if one["block"] in blocks]
@@ -104,7 +107,7 @@ def _turns(figures: Figures) -> None:
             rates = [load["tokens_per_second"] for load in loads]
             what = f"{name}{how}, several turns"
             figures.add(f"{what}: output", statistics.median(rates), "tok/s")
-            figures.add(f"{what}: spread of {len(rates)}", _spread(rates), "%")
+            _add_spread(figures, what, rates)
             if name != "off":
                 sizes = loads[0]["route_bytes"]
                 figures.add(f"{what}: response bytes for routes, all turns", sum(sizes), "B")
@@ -126,16 +129,20 @@ def _rates(figures: Figures, block: str, what: str, budget: float | None) -> Non
         if rates:
             medians[name] = statistics.median(rates)
             figures.add(f"{name}, {what}: output", medians[name], "tok/s")
-            figures.add(f"{name}, {what}: spread of {len(rates)}", _spread(rates), "%")
+            _add_spread(figures, f"{name}, {what}", rates)
     for name in ROUTED:
         if name in medians and "off" in medians:
             share = 100 * medians[name] / medians["off"]
-            limit = budget if name == "arena" else None
+            # Of two engines of which one is traced that is not the arena's share alone.
+            alike = figures.traced(name) == figures.traced("off")
+            limit = budget if name == "arena" and alike else None
             figures.add(f"{name} / off, {what}: output", share, "%", limit, "min")
 
 
-def _spread(values: Sequence[float]) -> float:
-    return 100 * (max(values) - min(values)) / statistics.median(values)
+def _add_spread(figures: Figures, what: str, values: Sequence[float]) -> None:
+    if len(values) > 1:
+        spread = 100 * (max(values) - min(values)) / statistics.median(values)
+        figures.add(f"{what}: spread of {len(values)}", spread, "%")
 
 
 # -- inter-token latency -------------------------------------------------------------------------
@@ -266,7 +273,10 @@ def _memory_of(figures: Figures, name: str, run: Run) -> None:
         figures.add("arena, taken in /dev/shm", arena["taken"] * MIB, "MiB")
         figures.add("arena, route table", arena["table"] * MIB, "MiB")
         held = arena["in_use"] / reading["rows_held"]
-        figures.add(f"arena, bytes held a row, {reading['rows_held']} rows", held, "B")
+        model = dimensions(figures.gpu)
+        row_bytes = model["num_hidden_layers"] * model["num_experts_per_tok"]  # uint8
+        what = f"arena, bytes held a row of {row_bytes}, {reading['rows_held']} rows"
+        figures.add(what, held, "B", 1.02 * row_bytes)
     for trace in run.get("trace", ()):
         if trace["block"] == "memory":
             for kind in ("pinned_bytes", "gpu_bytes"):
@@ -283,6 +293,9 @@ def _counters(figures: Figures) -> None:
     ended = ("ticketed", "inline", "failed_requests", "no_routes")
     for name in ("finished", *ended, "tags_checked"):
         figures.add(f"arena: {name}", total[name], "")
+    locked = max(counters["page_locked_bytes"] for counters in every)
+    figures.add("arena: page-locked", locked * MIB, "MiB")
+    figures.add("arena: pageable copies", total["pageable_copies"], "")
     figures.always("arena: tags_wrong", total["tags_wrong"], "", 0)
     figures.always("arena: inline_full", total["inline_full"], "", 0)
     figures.always("arena: hook_errors", total["hook_errors"], "", 0)
@@ -312,56 +325,72 @@ def _hooks(figures: Figures) -> None:
         figures.add(f"{name}, scheduler thread, decode step: all", total * US, "us", budget)
 
 
-def _finishes(figures: Figures) -> None:
-    """What finished requests cost the scheduler thread, by length and in one step."""
-    costs: dict[tuple[str, str], tuple[float, float]] = {}
-    for name in ROUTED:
-        traces = figures.traces(name, "itl", "latency", "latency_beside", "throughput", "memory")
-        by_length: dict[str, list[float]] = {}
-        for trace in traces:
-            for tokens, seconds in trace["finished"]:
-                by_length.setdefault(_length(tokens), []).append(seconds)
-        for length, seconds in by_length.items():
-            what = f"{name}, scheduler thread, one finished request of {length}: collect + ticket"
-            arena = name == "arena"
-            p50, p99 = np.percentile(seconds, (50, 99))
-            figures.add(f"{what} p50", p50 * US, "us", 100 if arena else None)
-            figures.add(f"{what} p99 of {len(seconds)}", p99 * US, "us", 300 if arena else None)
-        _steps(figures, name, traces, costs)
-    for length in dict.fromkeys(length for _, length in costs):
-        if ("native", length) in costs and ("arena", length) in costs:
-            native = sum(costs["native", length])
-            collecting, sending = costs["arena", length]
-            what = f"native gather + send / arena collect + ticket + flush, {length}"
-            budget = 500 if length == "32K" else None
-            figures.add(f"{what}, its send not counted", native / collecting, "x", budget, "min")
-            what = f"native gather + send / arena collect + ticket + flush + send, {length}"
-            figures.add(what, native / (collecting + sending), "x")
-
-
-def _steps(
-    figures: Figures,
-    name: str,
-    traces: Sequence[Any],
-    costs: dict[tuple[str, str], tuple[float, float]],
-) -> None:
-    """Steps by how many requests finish in them; fills ``costs`` with what a single one takes:
-    without its send, and its send, which pickles the message and hands it to ZeroMQ.
+class _Step(NamedTuple):
+    """Seconds of a step in which requests finished; sending pickles the message with all of their
+    responses and hands it to ZeroMQ.
     """
-    steps: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for trace in traces:
-        for count, tokens, collecting, sending in trace["steps"]:
-            steps.setdefault((count, _length(tokens)), []).append((collecting, sending))
-    for (count, length), pairs in sorted(steps.items()):
-        if count not in STEPS_SHOWN:
-            continue
-        collecting, sending = np.median(np.array(pairs), axis=0)
-        what = f"{name}, scheduler thread, step with {count} finished of {length}"
-        budget = 3 if name == "arena" and count == 160 else None
-        figures.add(f"{what}: collect + ticket + flush p50", collecting * MS, "ms", budget)
-        figures.add(f"{what}: send p50", sending * MS, "ms")
-        if count == 1:
-            costs[name, length] = collecting, sending
+
+    ticketing: float
+    flushing: float
+    sending: float
+
+    @property
+    def all(self) -> float:
+        """Everything but the sending, which an engine without routes does, too."""
+        return self.ticketing + self.flushing
+
+
+def _finishes(figures: Figures) -> None:
+    """What finished requests cost the scheduler thread, by length and number in one step."""
+    alone: dict[tuple[str, str], list[_Step]] = {}
+    for name in ROUTED:
+        for (count, length), steps in sorted(_steps(figures, name).items()):
+            if count == 1:
+                alone[name, length] = steps
+                _one_finishes(figures, name, length, steps)
+            else:
+                what = f"{name}, scheduler thread, {count} requests of {length} finish in a step"
+                budget = 3 if name == "arena" and count == 160 else None
+                figures.add(f"{what}: all of it p50", _p50(steps, "all") * MS, "ms", budget)
+                figures.add(f"{what}: send p50", _p50(steps, "sending") * MS, "ms")
+    for length in dict.fromkeys(length for _, length in alone):
+        if ("native", length) in alone and ("arena", length) in alone:
+            _compared(figures, length, alone["native", length], alone["arena", length])
+
+
+def _one_finishes(figures: Figures, name: str, length: str, steps: Sequence[_Step]) -> None:
+    what = f"{name}, scheduler thread, a request of {length} finishes alone"
+    arena = name == "arena"
+    figures.add(f"{what}: collect + ticket p50", _p50(steps, "ticketing") * US, "us")
+    figures.add(f"{what}: all of it p50", _p50(steps, "all") * US, "us", 100 if arena else None)
+    p99 = float(np.percentile([step.all for step in steps], 99))
+    figures.add(f"{what}: all of it p99 of {len(steps)}", p99 * US, "us", 300 if arena else None)
+    figures.add(f"{what}: send p50", _p50(steps, "sending") * US, "us")
+
+
+def _compared(
+    figures: Figures, length: str, native: Sequence[_Step], arena: Sequence[_Step]
+) -> None:
+    gathered = _p50(native, "all") + _p50(native, "sending")
+    taken, sent = _p50(arena, "all"), _p50(arena, "sending")
+    what = f"native gather + send / arena, a request of {length}"
+    budget = 500 if length == "32K" else None
+    figures.add(f"{what}, its send not counted", gathered / taken, "x", budget, "min")
+    figures.add(f"{what}, its send counted", gathered / (taken + sent), "x")
+
+
+def _steps(figures: Figures, name: str) -> dict[tuple[int, str], list[_Step]]:
+    """Steps by how many requests finish in them and how long those are."""
+    steps: dict[tuple[int, str], list[_Step]] = {}
+    for trace in figures.traces(name, "itl", "latency", "latency_beside", "throughput", "memory"):
+        for count, tokens, *seconds in trace["steps"]:
+            if count in STEPS_SHOWN:
+                steps.setdefault((count, _length(tokens)), []).append(_Step(*seconds))
+    return steps
+
+
+def _p50(steps: Sequence[_Step], part: str) -> float:
+    return statistics.median(getattr(step, part) for step in steps)
 
 
 def _length(tokens: float) -> str:

@@ -186,15 +186,9 @@ class Step(NamedTuple):
     sending: float
 
     @property
-    def seconds(self) -> float:
-        """All but the sending."""
-        return float(self.collects["seconds"].sum()) + self.issuing + self.flushing
-
-    def of_each(self) -> Iterator[tuple[float, float]]:
-        """Tokens and seconds of each request, with its part of the issuing."""
-        part = self.issuing / len(self.collects)
-        for one in self.collects:
-            yield float(one["size"]), float(one["seconds"]) + part
+    def ticketing(self) -> float:
+        """Seconds until every request of the step has what its response carries."""
+        return float(self.collects["seconds"].sum()) + self.issuing
 
 
 def steps(events: Events) -> Iterator[Step]:
@@ -222,16 +216,23 @@ def _between(events: Events, first: float, end: float) -> Events:
 
 
 def summary(events: Events) -> dict[str, Any]:
-    """Seconds of hooks in a decode step, of each finished request, of steps with finishes."""
+    """Seconds of hooks in a decode step, and of steps in which requests finished: how many, the
+    tokens of the longest, and what their tickets, handing them over and sending took.
+    """
     finishing = list(steps(events))
     return {
         "forward_begin": _decode_seconds(events, "forward_begin"),
         "forward_end": _decode_seconds(events, "forward_end"),
         "finalize": of_kind(events, "finalize")["seconds"].tolist(),
         "idle_flush": _without_finish(events),
-        "finished": [each for step in finishing for each in step.of_each()],
         "steps": [
-            [len(step.collects), float(step.collects["size"].max()), step.seconds, step.sending]
+            [
+                len(step.collects),
+                float(step.collects["size"].max()),
+                step.ticketing,
+                step.flushing,
+                step.sending,
+            ]
             for step in finishing
         ],
         "pinned_bytes": of_kind(events, "pinned_bytes")["size"].tolist()[-1:],

@@ -46,6 +46,8 @@ class Specification:
         How often ``throughput`` and ``turns`` are run; None: as the scale says.
     trace
         File that its scheduler writes a trace into; empty without one.
+    command
+        What the result file says, since an engine's figures may be taken into another command's.
     """
 
     configuration: str
@@ -59,6 +61,7 @@ class Specification:
     runs: int | None
     trace: str
     result: str
+    command: str
 
 
 class Worker:
@@ -85,6 +88,7 @@ class Worker:
             "gpu": specification.gpu,
             "quick": specification.quick,
             "start_seconds": specification.start_seconds,
+            "command": specification.command,
             "failed": [],
             "done": False,
         }

@@ -186,23 +186,27 @@ def _memory(result: Result) -> tuple[str, ...]:
 def _output(results: Results) -> Iterator[tuple[str, ...]]:
     """Output of the real engine while 160 requests finish in one step, of that without routes.
 
-    Each share is one result's, so of one GPU; of several results their median.
+    Each share is one result's, so of one GPU; of several results their median, of those without a
+    trace where there are some.
     """
-    names = {way: f"{way} / off, all finish in one step: output" for way in ("arena", "native")}
-    engines = [
-        each
-        for each in results.of("engine")
-        if each.machine["gpu"] and any(any(each.matching(name)) for name in names.values())
-    ]
-    if not all(any(any(each.matching(name)) for each in engines) for name in names.values()):
-        return
-    shares = {way: results.median(engines, name) for way, name in names.items()}
+    shares, used = [], []
+    for way in ("arena", "native"):
+        name = f"{way} / off, all finish in one step: output"
+        found = [
+            each
+            for each in results.of("engine")
+            if each.machine["gpu"] and any(each.matching(name))
+        ]
+        found = [each for each in found if "--trace" not in each.command] or found
+        if not found:
+            return
+        shares.append(f"{results.median(found, name):.1f}%")
+        used += found
     yield (
         "output with routes, of that without, 160 requests that finish in one step",
-        f"{shares['arena']:.1f}%",
-        f"{shares['native']:.1f}%",
+        *shares,
         "",
-        *_origin(*engines),
+        *_origin(*used),
     )
 
 

@@ -97,16 +97,22 @@ def _copy_error() -> None:
 def _timed_snapshots() -> None:
     """Take snapshots in turn by step on the side stream and on the schedule stream; time both.
 
-    Milliseconds from the request's end to its finished snapshot go to ``SNAPSHOT_FILE``.
+    Milliseconds from the request's end to its finished snapshot go to ``SNAPSHOT_FILE``. Of a step
+    with many requests the later ones' locations are copied all at once: those that copy nothing
+    of their own are left out. So are those that should have gone aside while nothing was in flight.
     """
     import torch
 
     from sglang_bridge.gather_device import DeviceGatherer
 
-    ours, idle = DeviceGatherer.snapshot, DeviceGatherer.idle
+    ours, take, idle = DeviceGatherer.snapshot, DeviceGatherer._take, DeviceGatherer.idle
     clock = torch.cuda.Stream()
     open_ones: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-    path = os.environ[SNAPSHOT_FILE]
+    path, copies = os.environ[SNAPSHOT_FILE], [0]
+
+    def counted(self: Any, target: int, source: int, nbytes: int) -> None:
+        copies[0] += 1
+        take(self, target, source, nbytes)
 
     def timed(self: Any, pool: Any, slot: int, start: int, end: int) -> Any:
         way = ("side", "schedule")[self._processed % 2]
@@ -114,14 +120,17 @@ def _timed_snapshots() -> None:
             lambda self: way == "schedule" or idle.__get__(self)
         )
         asked, taken = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before = copies[0]
         asked.record(clock)
         locations = ours(self, pool, slot, start, end)
         taken.record(self._gather_stream if self._aside else None)
-        open_ones.append((way, asked, taken))
+        if copies[0] > before and self._aside == (way == "side"):
+            open_ones.append((way, asked, taken))
         _write_finished(path, open_ones)
         return locations
 
     DeviceGatherer.snapshot = timed  # type: ignore[method-assign,assignment]
+    DeviceGatherer._take = counted  # type: ignore[method-assign]
 
 
 def _write_finished(path: str, open_ones: list[tuple[str, Any, Any]]) -> None:

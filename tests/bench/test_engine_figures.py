@@ -9,11 +9,10 @@ LONG = 32_768
 KINDS = ("forward_begin", "forward_end", "finalize", "idle_flush", "pinned_bytes", "gpu_bytes")
 
 
-def run_of(configuration, collecting, sending):
-    """A run on a GPU in whose one step one long request finished; seconds."""
+def run_of(configuration, *seconds):
+    """A run on a GPU in whose one step one long request finished: tickets, flush and send."""
     trace = {kind: [] for kind in KINDS}
-    trace |= {"block": "itl", "finished": [[LONG, collecting]]}
-    trace |= {"steps": [[1, LONG, collecting, sending]]}
+    trace |= {"block": "itl", "steps": [[1, LONG, *seconds]]}
     return {
         "configuration": configuration,
         "gpu": True,
@@ -24,17 +23,48 @@ def run_of(configuration, collecting, sending):
 
 @pytest.fixture
 def rows():
-    runs = [run_of("native", 0.030, 0.020), run_of("arena", 80e-6, 20e-6)]
+    runs = [run_of("native", 0.030, 0.0, 0.020), run_of("arena", 50e-6, 30e-6, 20e-6)]
     return {row.name: row for row in result_rows(runs)}
 
 
 def test_a_finished_request_is_compared_with_the_send_on_both_sides(rows):
-    name = "native gather + send / arena collect + ticket + flush + send, 32K"
+    name = "native gather + send / arena, a request of 32K, its send counted"
     assert rows[name].value == pytest.approx(0.050 / 100e-6)
     assert rows[name].budget is None
 
 
 def test_its_budget_is_on_what_the_arena_takes_instead_of_gather_and_pickle(rows):
-    name = "native gather + send / arena collect + ticket + flush, 32K, its send not counted"
+    name = "native gather + send / arena, a request of 32K, its send not counted"
     assert rows[name].value == pytest.approx(0.050 / 80e-6)
     assert rows[name].ok is True
+
+
+def test_what_a_request_alone_costs_is_held_to_its_budget_with_the_flush(rows):
+    what = "arena, scheduler thread, a request of 32K finishes alone"
+    assert rows[f"{what}: collect + ticket p50"].value == pytest.approx(50)
+    assert rows[f"{what}: collect + ticket p50"].budget is None
+    assert rows[f"{what}: all of it p50"].value == pytest.approx(80)
+    assert rows[f"{what}: all of it p50"].ok is True
+    assert rows[f"{what}: all of it p99 of 1"].budget == 300
+
+
+@pytest.mark.parametrize("traced", [(), ("off",), ("arena",), ("off", "arena")])
+def test_the_output_s_budget_is_for_engines_that_are_traced_alike(traced):
+    runs = [
+        {
+            "configuration": name,
+            "gpu": True,
+            "start_seconds": 1.0,
+            "throughput": [{"tokens_per_second": 100.0, "last_open_seconds": 0.0}],
+        }
+        for name in ("off", "arena")
+    ]
+    for run in runs:
+        if run["configuration"] in traced:
+            run["trace"] = [{kind: [] for kind in KINDS} | {"block": "throughput", "steps": []}]
+    for run in runs:
+        run["throughput"][0] |= {"route_bytes": 0, "response_bytes": 0}
+    rows = {row.name: row for row in result_rows(runs)}
+    share = rows["arena / off, all finish in one step: output"]
+    assert share.budget == (None if len(traced) == 1 else 99.8)
+    assert not any("spread" in name for name in rows)  # of one round there is none
