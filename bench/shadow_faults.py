@@ -79,8 +79,7 @@ def _no_fence() -> None:
 
 def _copy_error() -> None:
     """One copy fails as a broken device would make it."""
-    import torch
-
+    from sglang_bridge.errors import DeviceError
     from sglang_bridge.gather_device import DeviceGatherer
 
     copy, seen = DeviceGatherer.copy_rows, [0]
@@ -88,7 +87,7 @@ def _copy_error() -> None:
     def failing(self: Any, run: Any, lane: Any) -> None:
         seen[0] += 1
         if seen[0] == _COPIES_BEFORE_ERROR:
-            raise torch.AcceleratorError("CUDA error: injected into the copy path")
+            raise DeviceError("cuMemcpyAsync: an error injected into the copy path")
         copy(self, run, lane)
 
     DeviceGatherer.copy_rows = failing  # type: ignore[method-assign]

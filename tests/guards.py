@@ -889,6 +889,50 @@ _BRIDGE = (
         ),
     ),
     Guard(
+        "an error of torch's is one of the device",
+        "later requests go inline, whoever asked for what failed",
+        "sglang_bridge/publisher.py",
+        "isinstance(error, (DeviceError, torch.AcceleratorError))",
+        "isinstance(error, DeviceError)",
+        (
+            "bridge/test_publisher.py::"
+            "test_after_a_device_error_no_request_gets_a_ticket_that_would_fail",
+        ),
+    ),
+    Guard(
+        "an error of the driver's is one of the device",
+        "as for torch's",
+        "sglang_bridge/publisher.py",
+        "isinstance(error, (DeviceError, torch.AcceleratorError))",
+        "isinstance(error, torch.AcceleratorError)",
+        (
+            "bridge/test_publisher.py::"
+            "test_after_a_device_error_no_request_gets_a_ticket_that_would_fail",
+        ),
+    ),
+    Guard(
+        "half of a device's memory for others",
+        "a table by itself leaves SGLang room for its graphs and activations",
+        "sglang_bridge/table.py",
+        "needed > free // 2",
+        "needed > free",
+        (
+            "bridge/test_table.py::"
+            "test_its_rows_are_in_host_memory_where_half_is_not_enough_or_the_user_insists",
+        ),
+    ),
+    Guard(
+        "one owner among attention-TP ranks",
+        "the others, which see the same tokens, make no arena and publish nothing",
+        "sglang_bridge/capturer.py",
+        " and parallel.attn_tp_rank == 0",
+        "",
+        (
+            "bridge/test_capturer.py::"
+            "test_of_two_attention_tp_ranks_the_first_alone_has_a_publisher_a_table_and_an_arena",
+        ),
+    ),
+    Guard(
         "a forward whose routes were lost",
         "its KV locations do not keep a former occupant's rows",
         "sglang_bridge/capturer.py",

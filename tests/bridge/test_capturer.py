@@ -1,8 +1,10 @@
-"""What the capturer hands on: the marks of forwards, and memory to a colocated trainer."""
+"""What the capturer hands on, and which ranks have anything to hand on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,10 @@ from forwards import VOCABULARY, Forwards, started_publisher
 
 import shmroute
 from sglang_bridge.gather_host import HostGatherer
+from sglang_bridge.settings import Settings
 from sglang_bridge.table import RouteTable
 from shmroute import IncompleteRoutes, RouteLayout, ShmRouteReader
+from shmroute.segments import SHM_DIR
 
 ROUTES = RouteLayout(16, 2, range(3))
 LOCATIONS = 256
@@ -377,3 +381,101 @@ def test_the_kv_cache_may_go_without_a_capturer_of_ours(sglang: SimpleNamespace)
     sglang.set_global_experts_capturer(None)
     release(None)
     resume(None)
+
+
+# -- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_rank(sglang: SimpleNamespace, arena_name: str) -> Iterator[Callable[[int], Any]]:
+    """The capturer of either attention-TP rank of two, made as its scheduler makes it."""
+    import moe_layers
+    from sglang.srt.runtime_context import get_context, get_parallel
+
+    from sglang_bridge.capturer import ArenaCapturer
+
+    model = torch.nn.ModuleList(
+        part for layer in range(3) for part in (moe_layers.router(layer), moe_layers.experts(layer))
+    )
+    model.shared_experts_config = SimpleNamespace(num_fused_shared_experts=0)
+    config = SimpleNamespace(
+        hf_text_config=SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3),
+        model_path="made",
+        context_len=64,
+        vocab_size=VOCABULARY,
+        is_multimodal=False,
+    )
+    with ExitStack() as ending:
+        ending.enter_context(get_context().override_server_args(tp_size=2))
+
+        def make(number: int) -> Any:
+            ranks = {"tp_rank": number, "attn_tp_rank": number, "pp_rank": 0, "attn_cp_rank": 0}
+            ending.enter_context(get_parallel().override(**ranks))
+            capturer = ArenaCapturer(
+                Settings(arena=arena_name, capacity=1 << 20, slots=8),
+                model=model,
+                model_config=config,
+                num_tokens=LOCATIONS,
+                max_running_requests=4,
+                device="cpu",
+            )
+            ending.callback(capturer.destroy)
+            sglang.set_global_experts_capturer(capturer)
+            ending.callback(sglang.set_global_experts_capturer, None)
+            return capturer
+
+        yield make
+
+
+def arena_files(name: str) -> list[str]:
+    return [entry for entry in os.listdir(SHM_DIR) if f"-{name}-" in entry]
+
+
+@pytest.mark.parametrize(("number", "owns"), [(0, True), (1, False)])
+def test_of_two_attention_tp_ranks_the_first_alone_has_a_publisher_a_table_and_an_arena(
+    make_rank: Callable[[int], Any], arena_name: str, number: int, owns: bool
+) -> None:
+    capturer = make_rank(number)
+    assert (capturer.publisher is not None) == owns
+    assert hasattr(capturer, "table") == owns
+    assert bool(arena_files(arena_name)) == owns
+
+
+def test_another_rank_s_forwards_requests_and_updates_go_by_without_a_trace(
+    make_rank: Callable[[int], Any],
+    sglang: SimpleNamespace,
+    arena_name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from capturers import Batch
+
+    from sglang_bridge import scheduler
+
+    capturer = make_rank(1)
+    pool = sglang.ReqToTokenPool(4, 64, "cpu", False)
+    runner = SimpleNamespace(is_draft_worker=False, req_to_token_pool=pool, capture_tail_hooks=[])
+    scheduler._created(None, runner)
+    batch = Batch(np.arange(4), np.arange(4))
+    for _ in range(2):
+        scheduler._forward_begins(runner, batch)
+        for layer in range(3):
+            capturer.capture(layer, torch.ones((4, 2), dtype=torch.int32))
+        assert capturer.on_forward_end(batch, False, None, no_copy_to_cpu=True) is None
+    assert (capturer.device_cache.buffer == -1).all()
+    assert runner.capture_tail_hooks == []
+
+    req = sglang.Req("r", "", [1, 2], sglang.SamplingParams(), return_routed_experts=True)
+    req.output_ids.extend([3, 4])
+    req.finished_reason = sglang.FINISH_LENGTH(length=2)
+    scheduler._collect(None, SimpleNamespace(req_to_token_pool=pool), req)
+    scheduler._streamed(None, req=req)
+    scheduler._step_processed(None)
+    assert req.routed_experts is None
+
+    scheduler._idle(None)
+    scheduler._paused(None)
+    scheduler._weights_renamed(None, "new")
+    release(None)
+    resume(None)
+    assert arena_files(arena_name) == []
+    assert not caplog.records

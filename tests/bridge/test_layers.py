@@ -15,34 +15,10 @@ CONFIG = SimpleNamespace(num_experts_per_tok=2, num_hidden_layers=3)
 
 @pytest.fixture
 def make(sglang: SimpleNamespace) -> Any:
-    """Modules of SGLang's types with the attributes that matter, no weights, no kernels."""
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.moe.hash_topk import HashTopK
-    from sglang.srt.layers.moe.topk import TopK, TopKOutputFormat
+    """SGLang's modules, by the part they play."""
+    import moe_layers
 
-    def bare(kind: type[torch.nn.Module], **attributes: Any) -> torch.nn.Module:
-        module = kind.__new__(kind)
-        torch.nn.Module.__init__(module)
-        for name, value in attributes.items():
-            object.__setattr__(module, name, value)
-        return module
-
-    def router(layer: int, *, top_k: int = 2, captured: bool = True, inside: bool = False) -> Any:
-        config = SimpleNamespace(
-            top_k=top_k,
-            num_shared_topk_slots=0,
-            allow_routed_experts_capture=captured,
-            output_format=TopKOutputFormat.BYPASSED if inside else TopKOutputFormat.STANDARD,
-        )
-        return bare(TopK, layer_id=layer, is_draft=False, topk_config=config)
-
-    def experts(layer: int, number: int = 8) -> Any:
-        return bare(FusedMoE, layer_id=layer, _num_global_routed=number)
-
-    def hashed(layer: int) -> Any:
-        return bare(HashTopK, layer_id=layer, is_draft=False)
-
-    return SimpleNamespace(router=router, experts=experts, hashed=hashed)
+    return moe_layers
 
 
 def layout(*modules: torch.nn.Module, device: str = "cpu") -> Any:

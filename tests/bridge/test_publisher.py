@@ -15,7 +15,8 @@ from forwards import VOCABULARY, Forwards
 
 import shmroute
 from sglang_bridge.epochs import WeightEpochs
-from sglang_bridge.finished import Gathered, Job
+from sglang_bridge.errors import DeviceError
+from sglang_bridge.finished import Finished, Gathered, Job
 from sglang_bridge.gather_host import HostGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
@@ -54,12 +55,27 @@ class Bridge:
         self.publisher.start()
         self.forwards = Forwards(self.table)
 
-    def serve(self, rid: str, tokens: int, start: int = 0) -> tuple[bytes, np.ndarray]:
-        """One request in one forward: its envelope and the rows that readers must see."""
+    def finished(self, rid: str, tokens: int, start: int = 0) -> tuple[Finished, np.ndarray]:
+        """One request in one forward, and the rows that readers must see."""
         ids, locations = self.forwards.token_ids(tokens), self.forwards.locations(tokens)
         captured = self.forwards.run(ids, locations, start=start)
         request = self.forwards.finished(rid, ids, locations, captured, start=start)
-        return self.publisher.collect(request), self.forwards.rows(captured)
+        return request, self.forwards.rows(captured)
+
+    def serve(self, rid: str, tokens: int, start: int = 0) -> tuple[bytes, np.ndarray]:
+        """The same, collected by itself: its envelope and its rows."""
+        request, rows = self.finished(rid, tokens, start)
+        return self.publisher.collect(request), rows
+
+    def step(self, *rids: str) -> list[tuple[bytes, np.ndarray]]:
+        """Requests that end in one step, as the hooks hand them on: envelopes and rows."""
+        ended = [self.finished(rid, 20) for rid in rids]
+        reqs = [request.req for request, _ in ended]
+        for request, _ in ended:
+            self.publisher.note(request)
+        self.publisher.flush()
+        envelopes = [req.routed_experts.numpy().tobytes() for req in reqs]
+        return [(ticket, rows) for ticket, (_, rows) in zip(envelopes, ended, strict=True)]
 
     @property
     def counters(self) -> dict[str, int]:
@@ -270,25 +286,73 @@ def test_a_failed_generation_is_never_handed_out_again(make_bridge: Make) -> Non
 
 
 class BrokenDevice(RouteTable):
-    """A table on a device that fails after the first record."""
+    """A table on a device that fails at every record; what goes inline is still read."""
+
+    error: Exception
 
     def gather(self, locations: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         if threading.current_thread().name == "shmroute-gather":
-            raise torch.AcceleratorError("the device is gone")
+            raise self.error
         return super().gather(locations, out)
 
 
-def test_after_a_device_error_no_request_gets_a_ticket_that_would_fail(make_bridge: Make) -> None:
-    bridge = make_bridge(table=BrokenDevice)
-    first, _ = bridge.serve("first", 20)
+class LostOnTheWay:
+    """Jobs whose copies were begun and fail: that is known once they are waited for."""
+
+    def __init__(self, jobs: list[Job], error: Exception) -> None:
+        self.jobs = jobs
+        self._error = error
+
+    def wait(self) -> None:
+        for job in self.jobs:
+            job.error = job.error or self._error
+
+    def done(self) -> None:
+        """Nothing is kept."""
+
+
+class LosingGatherer(HostGatherer):
+    """A gatherer on a device that takes every copy and finishes none."""
+
+    error: Exception
+
+    def start(self, hand_over: Callable[[Gathered | None], None]) -> None:
+        super().start(lambda run: hand_over(run and LostOnTheWay(run.jobs, self.error)))
+
+
+@pytest.mark.parametrize("kind", [torch.AcceleratorError, DeviceError])
+@pytest.mark.parametrize(
+    "broken",
+    [{"table": BrokenDevice}, {"gatherer": LosingGatherer}],
+    ids=["as rows are gathered", "as they are waited for"],
+)
+def test_after_a_device_error_no_request_gets_a_ticket_that_would_fail(
+    make_bridge: Make,
+    caplog: pytest.LogCaptureFixture,
+    broken: dict[str, type],
+    kind: type[Exception],
+) -> None:
+    bridge = make_bridge(**broken)
+    bridge.table.error = bridge.publisher.gatherer.error = kind("the device is gone")
+    lost = bridge.step("a", "b", "c")
     bridge.settled()
-    with pytest.raises(RouteFailed, match="the device is gone"):
-        ShmRouteReader(first)
-    second, rows = bridge.serve("second", 20)
-    with ShmRouteReader(second) as routes:
-        assert routes.inline
-        np.testing.assert_array_equal(routes.numpy(), rows)
-    assert bridge.settled()["inline_after_failure"] == 1
+    for ticket, _ in lost:
+        with pytest.raises(RouteFailed, match=f"{kind.__name__}: the device is gone"):
+            ShmRouteReader(ticket)
+    for rid in "abc":
+        said = f"the record of rid {rid!r} failed after its ticket had left: the device is gone"
+        assert said in caplog.text
+    assert f"{kind.__name__}: the device is gone" in caplog.text
+    for envelope, rows in bridge.step("d", "e"):
+        with ShmRouteReader(envelope) as routes:
+            assert routes.inline
+            np.testing.assert_array_equal(routes.numpy(), rows)
+    counts = bridge.settled()
+    assert (counts["failed_after_ticket"], counts["inline_after_failure"]) == (3, 2)
+    assert counts["finished"] == 5
+    assert counts["finished"] == (
+        counts["ticketed"] + counts["inline"] + counts["failed_requests"] + counts["no_routes"]
+    )
 
 
 def test_tokens_that_cannot_be_told_fail_the_record(make_bridge: Make) -> None:

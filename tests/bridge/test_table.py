@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +230,61 @@ def test_on_a_cpu_engine_the_table_is_in_its_memory(where: str) -> None:
 def test_a_gpu_s_table_is_refused_on_a_cpu_engine() -> None:
     with pytest.raises(StartRefused, match="runs on a CPU; leave it at auto"):
         place_table("gpu", RouteLayout(8, 2, range(3)), LOCATIONS, "cpu", VOCABULARY)
+
+
+# Tensors without memory: what is on no CPU is on a device.
+DEVICE = "meta"
+PLACED = RouteLayout(8, 2, range(3))
+MANY = 1 << 20
+NEEDED = MANY * (PLACED.row_bytes + 8)
+
+
+class PageLocked(torch.Tensor):
+    """Host memory that a driver has locked."""
+
+    def is_pinned(self, device: torch.device | None = None) -> bool:
+        return True
+
+
+def place(patch: pytest.MonkeyPatch, where: str, free: int) -> RouteTable:
+    """The table of an engine on a device with so many bytes left."""
+    patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    patch.setattr(
+        "sglang_bridge.table.pinned_tensor",
+        lambda nbytes, **_: torch.zeros(nbytes, dtype=torch.uint8).as_subclass(PageLocked),
+    )
+    return place_table(where, PLACED, MANY, DEVICE, VOCABULARY)
+
+
+@pytest.mark.parametrize(("where", "free"), [("auto", 2 * NEEDED), ("gpu", 0)])
+def test_the_table_is_on_the_device_where_half_of_its_memory_is_enough_or_the_user_insists(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, free: int
+) -> None:
+    table = place(monkeypatch, where, free)
+    assert not table.in_host_memory
+    assert {table.rows.device.type, table.tags.device.type} == {DEVICE}
+    assert table.device_bytes == table.nbytes == NEEDED
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("where", "free"), [("auto", 2 * NEEDED - 1), ("host", 1 << 40)])
+def test_its_rows_are_in_host_memory_where_half_is_not_enough_or_the_user_insists(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, free: int
+) -> None:
+    table = place(monkeypatch, where, free)
+    assert table.in_host_memory
+    assert (table.rows.device.type, table.tags.device.type) == ("cpu", DEVICE)
+    assert (table.device_bytes, table.nbytes) == (MANY * 8, NEEDED)
+    assert len(caplog.records) == (where == "auto")
+
+
+def test_auto_says_what_the_table_needs_and_what_was_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "shmroute"):
+        place(monkeypatch, "auto", 20 << 20)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "shmroute: a route table of 14.0 MiB would take more than half of the 20.0 MiB left on "
+        "meta: its rows go to page-locked host memory"
+    )
