@@ -338,12 +338,15 @@ def _timed(part: Callable[[], object], between: Callable[[], None]) -> float:
 def waits(made: Rig, rounds: int) -> Rows:
     """How long the next forward's scatter would wait for the gather, if it came at once."""
     rows = []
-    for count in (1, 16, 160):
+    for load in ([(1, 8192)], [(16, 8192)], [(160, 8192)], [(1, 32_768), (159, 768)]):
+        label = " + ".join([f"{count} x {tokens}" for count, tokens in load])
         took = []
         for turn in range(max(4, rounds // 20)):
             torch.cuda.synchronize()
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            tickets = made.end([f"w{count}-{turn}-{i}" for i in range(count)], 8192)
+            tickets = []
+            for count, tokens in load:
+                tickets += made.end([f"w{tokens}-{turn}-{i}" for i in range(count)], tokens)
             first.record(made.gatherer._gather_stream)
             made.publisher.flush()
             made.gatherer.fence()
@@ -354,7 +357,7 @@ def waits(made: Rig, rounds: int) -> Rows:
             shmroute.release(tickets)
         rows.append(
             Row(
-                f"a scatter that comes at once waits, {count} x 8192 tokens",
+                f"a scatter that comes at once waits, {label} tokens",
                 figure(np.median(took)),
                 "us",
             )

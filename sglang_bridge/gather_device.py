@@ -11,9 +11,9 @@ Flow, with what orders each step::
     copy stream     lane -> page-locked arena                           after the gather
     sealer thread   waits for the copy's event, then reads the tags
 
-Two streams, so that the next gather, and through it the next forward, never queues behind
-PCIe, unless the lanes are full. The forward that wrote the rows is over when its result is
-processed (the scheduler waited for it), so the gather need not wait for it.
+Two streams, so that the next gather, and through it the next forward, never queues behind the
+rows on PCIe, unless the lanes are full. The forward that wrote the rows is over when its result
+is processed (the scheduler waited for it), so the gather need not wait for it.
 
 The snapshot and the schedule stream
     SGLang rewrites the request's row of ``req_to_token`` right after the hook, on the schedule
@@ -304,7 +304,7 @@ class DeviceGatherer:
     def _launch(self, work: _Run) -> None:
         run = work.run
         buffer = self._buffers.take()
-        # Kept for good if what follows fails: a copy may be on its way into it.
+        # Kept for good if what follows fails: a gather may read and write it.
         self._in_doubt.append(buffer)
         lane = self._new_lane(run.nbytes) if work.pageable else self._take_lane()
         before = lane.buffer

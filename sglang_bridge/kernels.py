@@ -206,10 +206,10 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
     INVALID_TAG: tl.constexpr,
 ):
-    """Program (block, piece): ``ROWS`` rows of one piece, and their tags, into staging.
+    """Program (block, piece): ``ROWS`` rows of one piece into staging, and their tags.
 
-    The first piece is in the arguments and the others in ``pieces``, so that one alone needs no
-    copy to the device.
+    The first piece is in the arguments and the others in ``pieces``, so that one alone, which most
+    steps have, reads none of it from the host.
     """
     number = tl.program_id(1)
     if number > 0:

@@ -83,7 +83,7 @@ class Records:
 
     def sequences(self) -> Iterator[Joined]:
         """One of each source, as the tickets say. Each is compared with its record when that is
-        opened; if it says a lot, now, before memory is taken for it.
+        opened; if it says a lot, it is opened here, as it is by ``rows``: before memory is taken.
 
         Raises
         ------
