@@ -1,4 +1,4 @@
-"""The calls of the CUDA runtime that are needed here and that torch does not bind, or dearly.
+"""The calls of the CUDA runtime that are needed here and that torch does not bind.
 
 They are looked up in the library that torch has loaded already, never loaded anew: a second
 copy of the runtime would have errors and modes of its own. A torch that links the runtime
@@ -71,7 +71,7 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
 
 
 def current_stream(device: int) -> int:
-    """Handle of the calling thread's current stream, without torch's object around it."""
+    """Handle of the calling thread's current stream: torch's, without the object around it."""
     handle: int = torch._C._cuda_getCurrentRawStream(device)
     return handle
 

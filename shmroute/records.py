@@ -35,11 +35,6 @@ class Records:
         See ``ShmRouteReader``.
     timeout
         Seconds to wait for records that are not there yet, all together.
-
-    Attributes
-    ----------
-    in_turns
-        Whether a source is a list of records.
     """
 
     def __init__(
@@ -50,7 +45,6 @@ class Records:
         self._sources: list[SkimmedTicket | Ticket | InlineRecord | str] = []
         self._firsts: list[int] = []
         self._turns: list[int | None] = []
-        self.in_turns = False
         self._opened: dict[int, Record] = {}
         self._known: dict[Any, int] = {}
         for source in as_many(sources):
@@ -67,7 +61,6 @@ class Records:
         if not source:
             raise ValueError(f"source {len(self._turns)} is a sequence of no records")
         self._turns.append(len(source))
-        self.in_turns = True
         self._sources += map(skim_source, source)
 
     def __getitem__(self, index: int) -> Record:
@@ -96,21 +89,17 @@ class Records:
 
     def rows(self) -> int:
         """Of all records, where no source is a list of them."""
-        rows = 0
-        for index, source in enumerate(self._sources):
-            if (
-                isinstance(source, SkimmedTicket)
-                and source.start + source.tokens <= _TOKENS_BELIEVED
-            ):
-                rows += source.tokens  # nearly all, and before the first copy
-            else:
-                rows += self._bounds(index)[1]
-        return rows
+        return sum([self._bounds(index)[1] for index in range(len(self._sources))])
 
     @property
     def turns(self) -> Sequence[int | None]:
         """How many records each source is a list of; None: it is no list."""
         return self._turns
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether a source is a list of records."""
+        return self._turns.count(None) < len(self._turns)
 
     def _bounds(self, index: int) -> tuple[int, int]:
         source: Any = self._sources[index]

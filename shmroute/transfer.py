@@ -238,11 +238,19 @@ class _HeapsForGpu(_Heaps):
         super().__init__(word)
         self._device = device
         self._whole_rows = whole_rows
+        self._locked: dict[AttachedArena, bool] = {}
         self.reachable: set[AttachedArena] = set()
+
+    def locked(self, arena: AttachedArena) -> bool:
+        """Whether the arena is page-locked; asked once, which of an ended engine's takes 9 us."""
+        locked = self._locked.get(arena)
+        if locked is None:
+            locked = self._locked[arena] = arena.page_locked(self._device.index)
+        return locked
 
     def __missing__(self, arena: AttachedArena) -> torch.Tensor:
         heap = super().__missing__(arena)
-        if not arena.page_locked(self._device.index):
+        if not self.locked(arena):
             return heap
         if not self._whole_rows:
             # An older torch takes it for memory of the device that it was locked through, and
@@ -320,7 +328,7 @@ def _gather(
     kept: list[Any] = []
     try:
         if by_address:
-            records = _but_for_whole_rows(records, packed, kept)
+            records = _but_for_whole_rows(records, packed, heaps, kept)
         for rows, source, to in _placed(records, width, heaps):
             target = _Block.of(packed, to, source.rows)
             if isinstance(rows, views.LeasedRows) and rows.arena in heaps.reachable:
@@ -338,20 +346,19 @@ def _gather(
 
 
 def _but_for_whole_rows(
-    records: Iterable[tuple[Rows, Sequence[Run]]], packed: torch.Tensor, kept: list[Any]
+    records: Iterable[tuple[Rows, Sequence[Run]]],
+    packed: torch.Tensor,
+    heaps: _HeapsForGpu,
+    kept: list[Any],
 ) -> Iterator[tuple[Rows, Sequence[Run]]]:
     """Queue the copies of records that the copy engine can take as they lie; yield the others.
 
     What it takes is added to ``kept``. By addresses alone: no tensor is made of any record.
     """
     row_bytes = packed.shape[1] * packed.itemsize
-    target, device = packed.data_ptr(), packed.device.index
-    stream = current_stream(device)
-    locked: dict[AttachedArena, bool] = {}  # to ask that of an ended engine's takes 9 us
+    target, stream = packed.data_ptr(), current_stream(packed.device.index)
     for rows, ranges in records:
-        if isinstance(rows, views.LeasedRows) and rows.arena not in locked:
-            locked[rows.arena] = rows.arena.page_locked(device)
-        if not isinstance(rows, views.LeasedRows) or not locked[rows.arena]:
+        if not isinstance(rows, views.LeasedRows) or not heaps.locked(rows.arena):
             yield rows, ranges
             continue
         if ranges:
