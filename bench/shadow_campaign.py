@@ -54,6 +54,7 @@ Counters = dict[str, int]
 
 _SECONDS = 300
 _RETRACTION = "Retract requests"
+_TABLE_MADE = "; route table of "
 _interrupted = threading.Event()
 
 
@@ -159,6 +160,7 @@ CASES: dict[str, Case] = {
         paused,
         {**_SMALL, "enable_memory_saver": True},
         rows=240_000,
+        faults=("counted-memory",) if has_gpu() else (),
     ),
     "reuse": Case(
         "KV locations rewritten at once, gathers that come late",
@@ -242,8 +244,8 @@ def run_case(name: str, *, quick: bool) -> list[Row]:
     """Serve one case and judge it by the engine's own counters."""
     case, arena = CASES[name], f"shadow-{os.getpid()}"
     with tempfile.TemporaryDirectory() as folder:
-        timings = Path(folder, "snapshots.txt")
-        os.environ[shadow_faults.SNAPSHOT_FILE] = str(timings)
+        measured = Path(folder, "measured.txt")
+        os.environ[shadow_faults.MEASURED_FILE] = str(measured)
         model = case.model(Path(folder))
         engine = shadow_faults.engine(case.faults)(**arguments_for(case, model, arena))
         try:
@@ -255,22 +257,34 @@ def run_case(name: str, *, quick: bool) -> list[Row]:
         finally:
             engine.shutdown()
             shmroute.reap(arena, force=True)
-        waits = snapshot_waits(name, timings)
+        taken = read_measured(measured)
     print(name, json.dumps(arenas), flush=True)
     least = case.rows // QUICK if quick else case.rows
     judged = [
         *judge(name, case, least, client, total(arenas), seconds),
         *each_rank(name, case, client, arenas),
     ]
-    return [*judged, *waits]
+    returned = taken.pop("returned", [])
+    return [*judged, *memory_returned(name, returned), *snapshot_waits(name, taken)]
 
 
-def snapshot_waits(name: str, timings: Path) -> list[Row]:
+def read_measured(path: Path) -> dict[str, list[float]]:
+    """What the engine's process measured, by the word that it wrote before each number."""
+    measured: dict[str, list[float]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        word, number = line.split()
+        measured.setdefault(word, []).append(float(number))
+    return measured
+
+
+def memory_returned(name: str, returned: list[float]) -> list[Row]:
+    """GPU memory of the table, the staging and their like that a released engine gives back."""
+    what = f"{name}: GPU memory of the route table and staging returned, each of {len(returned)}"
+    return [Row(what, round(min(returned) / 2**20, 1), "MiB")] if returned else []
+
+
+def snapshot_waits(name: str, taken: dict[str, list[float]]) -> list[Row]:
     """How long snapshots took, by the stream that they were taken on."""
-    taken: dict[str, list[float]] = {}
-    for line in timings.read_text().splitlines() if timings.exists() else ():
-        way, milliseconds = line.split()
-        taken.setdefault(way, []).append(float(milliseconds))
     rows = []
     for way, times in sorted(taken.items()):
         for label, value in (
@@ -420,13 +434,22 @@ def _in_child(name: str, logs: Path, *arguments: str) -> list[Row]:
             _end(child)
             remove_sglang_files(used - before)
     text = log.read_text(errors="replace")
-    retractions = Row(f"{name}: retractions", text.count(_RETRACTION), "")
+    logged = [
+        Row(f"{name}: retractions", text.count(_RETRACTION), ""),
+        Row(
+            f"{name}: ranks with a route table",
+            text.count(_TABLE_MADE),
+            "",
+            CASES[name].arenas,
+            "max",
+        ),
+    ]
     if not result.exists():
         print(f"{name}: exit code {code}; its log ends with\n{text[-3000:]}", flush=True)
         return [Row(f"{name}: exit code", code, "", 0, "max"), Row(f"{name}: ran", 0, "", 1, "min")]
     shown = json.loads(result.read_text())["rows"]
     fields = [{key: value for key, value in row.items() if key != "ok"} for row in shown]
-    return [*(Row(**one) for one in fields), retractions]
+    return [*(Row(**one) for one in fields), *logged]
 
 
 def _follow(child: subprocess.Popen[bytes], used: set[int]) -> int:

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 VARIABLE = "SHMROUTE_BENCH_FAULTS"
-SNAPSHOT_FILE = "SHMROUTE_BENCH_SNAPSHOTS"
+MEASURED_FILE = "SHMROUTE_BENCH_MEASURED"  # lines of a word and a number
 _DELAY_CYCLES = 120_000_000  # 60 ms or so of the GPU's clock: longer than a forward
 _COPIES_BEFORE_ERROR = 20
 
@@ -96,7 +96,7 @@ def _copy_error() -> None:
 def _timed_snapshots() -> None:
     """Take snapshots in turn by step on the side stream and on the schedule stream; time both.
 
-    Milliseconds from the request's end to its finished snapshot go to ``SNAPSHOT_FILE``. Of a step
+    Milliseconds from the request's end to its finished snapshot go to ``MEASURED_FILE``. Of a step
     with many requests the later ones' locations are copied all at once: those that copy nothing
     of their own are left out. So are those that should have gone aside while nothing was in flight.
     """
@@ -107,7 +107,7 @@ def _timed_snapshots() -> None:
     ours, take, idle = DeviceGatherer.snapshot, DeviceGatherer._take, DeviceGatherer.idle
     clock = torch.cuda.Stream()
     open_ones: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-    path, copies = os.environ[SNAPSHOT_FILE], [0]
+    path, copies = os.environ[MEASURED_FILE], [0]
 
     def counted(self: Any, target: int, source: int, nbytes: int) -> None:
         copies[0] += 1
@@ -139,8 +139,27 @@ def _write_finished(path: str, open_ones: list[tuple[str, Any, Any]]) -> None:
             file.write(f"{way} {asked.elapsed_time(taken):.4f}\n")
 
 
+def _counted_memory() -> None:
+    """Write how many bytes of GPU memory each giving back of the table and the staging returns."""
+    import torch
+
+    from sglang_bridge.gather_device import DeviceGatherer
+
+    give_back = DeviceGatherer.give_back
+
+    def counted(self: Any) -> None:
+        torch.cuda.empty_cache()  # what others left is not counted
+        before = torch.cuda.memory_reserved()
+        give_back(self)
+        with open(os.environ[MEASURED_FILE], "a") as file:
+            file.write(f"returned {before - torch.cuda.memory_reserved()}\n")
+
+    DeviceGatherer.give_back = counted  # type: ignore[method-assign]
+
+
 _FAULTS = {
     "timed-snapshots": _timed_snapshots,
+    "counted-memory": _counted_memory,
     "late-gather": _late_gather,
     "no-fence": _no_fence,
     "copy-error": _copy_error,
