@@ -12,7 +12,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -32,20 +32,21 @@ def _library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _copy() -> Any:
+def _copies() -> tuple[Any, Any] | None:
     library = _library()
     if library is None:
         return None
-    function = library.cudaMemcpyAsync
-    address, stream = ctypes.c_void_p, ctypes.c_void_p
-    function.argtypes = address, address, ctypes.c_size_t, ctypes.c_int, stream
+    one, rows = library.cudaMemcpyAsync, library.cudaMemcpy2DAsync
+    address, size, stream = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
+    one.argtypes = address, address, size, ctypes.c_int, stream
+    rows.argtypes = address, size, address, size, size, size, ctypes.c_int, stream
     library.cudaGetErrorString.restype = ctypes.c_char_p
-    return function
+    return one, rows
 
 
 def can_copy() -> bool:
-    """Whether ``copy_to_device`` is there."""
-    return _copy() is not None
+    """Whether ``copy_to_device`` and ``copy_rows_to_device`` are there."""
+    return _copies() is not None
 
 
 def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
@@ -63,11 +64,32 @@ def copy_to_device(target: int, source: int, nbytes: int, stream: int) -> None:
     RuntimeError
         What the runtime says, an error of earlier work on the device included.
     """
-    code = _copy()(target, source, nbytes, _TO_DEVICE, stream)
+    copy, _ = _copies()  # type: ignore[misc]
+    code = copy(target, source, nbytes, _TO_DEVICE, stream)
     if code:
-        clear_error()
-        said = _library().cudaGetErrorString(code).decode()  # type: ignore[union-attr]
-        raise RuntimeError(f"a copy of {nbytes} bytes to the GPU was refused: {said} ({code})")
+        _refused(code, nbytes)
+
+
+def copy_rows_to_device(
+    target: int,
+    target_pitch: int,
+    source: int,
+    source_pitch: int,
+    nbytes: int,
+    rows: int,
+    stream: int,
+) -> None:
+    """The same for the first ``nbytes`` of each row; from one row to the next it is a pitch."""
+    _, copy = _copies()  # type: ignore[misc]
+    code = copy(target, target_pitch, source, source_pitch, nbytes, rows, _TO_DEVICE, stream)
+    if code:
+        _refused(code, nbytes * rows)
+
+
+def _refused(code: int, nbytes: int) -> NoReturn:
+    clear_error()
+    said = _library().cudaGetErrorString(code).decode()  # type: ignore[union-attr]
+    raise RuntimeError(f"a copy of {nbytes} bytes to the GPU was refused: {said} ({code})")
 
 
 def current_stream(device: int) -> int:

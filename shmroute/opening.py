@@ -145,7 +145,8 @@ class Opener:
                 f"rid {ticket.rid!r} lies on node {ticket.host!r} (boot {ticket.boot_id}), this is "
                 f"{segments.host_name()!r} (boot {segments.boot_id()}): read it there"
             )
-        if self._arena not in (None, ticket.segment.arena, ticket.segment.base):
+        asked = self._arena
+        if asked is not None and asked not in (ticket.segment.arena, ticket.segment.base):
             raise InvalidTicket(
                 f"rid {ticket.rid!r}: the ticket is of arena {ticket.segment.arena!r}, not "
                 f"{self._arena!r}"

@@ -3,15 +3,12 @@
 To a GPU the bytes cross PCIe as they are stored, one or two a route, and become int32 or int64
 there. How they cross, and why:
 
-whole rows, page-locked arena
-    The copy engine takes each record where it lies: PCIe's speed, and the CPU does nothing.
-some layers, page-locked arena
-    A kernel reads them through the mapping, in words of up to 8 bytes, so that only those
-    layers cross. The copy engine could do it, too (``cudaMemcpy2DAsync``), but is slow on narrow
-    pieces, and 12 layers of top-8 are 96 bytes: torch used it for strided copies and took it
-    back, since some were over 1000 times slower (pytorch PR 153176). Whole rows, cut on the
-    GPU, would cross with four times the bytes for a fourth of the layers. ``copy_`` of a
-    strided CPU tensor packs it on the CPU first, into pageable memory.
+page-locked arena
+    The copy engine takes each record where it lies, and of it the layers that are asked for: PCIe's
+    speed, and the CPU does nothing. By the runtime's own calls: torch has none for layers of a
+    record. Its ``copy_`` of a strided CPU tensor packs it on the CPU first, into pageable memory;
+    and a kernel that reads through the mapping takes longer on the GPU, at every width, and three
+    times as long to launch.
 anything else
     An arena that is not locked yet or could not be, and inline records: the CPU packs the
     layers into a page-locked piece, and the copy engine takes it while the next is packed.
@@ -37,7 +34,7 @@ import torch
 
 from . import inflight, kept_memory, views
 from .attached import AttachedArena
-from .cuda_runtime import can_copy, copy_to_device, current_stream
+from .cuda_runtime import can_copy, copy_rows_to_device, copy_to_device, current_stream
 from .layout import RouteLayout
 from .selection import Run
 from .side_by_side import sharing
@@ -58,6 +55,7 @@ _WORDS = {
     2: torch.int16,
     1: torch.uint8,
 }
+_WIDEST = max(_WORDS)
 
 
 def pack(
@@ -100,9 +98,7 @@ def pack(
     RuntimeError
         A CUDA graph is being captured; or what torch says, without memory for instance.
     """
-    widest = 16 if device.type == "cpu" else 8
-    if out is not None:
-        widest = _alignment(out, widest)
+    widest = _WIDEST if out is None else _alignment(out)
     word, width, columns = _in_words(tuple(layers), layout, widest)
     shape = rows, _width(layers), layout.top_k
     if dtype is None:
@@ -227,39 +223,15 @@ class _Heaps(dict[AttachedArena, torch.Tensor]):
         return heap
 
 
-class _HeapsForGpu(_Heaps):
-    """The same, as copies to a GPU can read them, where they can.
+class _Locked(dict[AttachedArena, bool]):
+    """Whether each arena is page-locked; asked once, which of an ended engine's takes 9 us."""
 
-    For whole rows that is the memory on the CPU, for the copy engine where it has to be asked
-    through torch; for some layers the same memory as a CUDA tensor, for a kernel.
-    """
-
-    def __init__(self, word: torch.dtype, device: torch.device, *, whole_rows: bool) -> None:
-        super().__init__(word)
+    def __init__(self, device: int) -> None:
         self._device = device
-        self._whole_rows = whole_rows
-        self._locked: dict[AttachedArena, bool] = {}
-        self.reachable: set[AttachedArena] = set()
 
-    def locked(self, arena: AttachedArena) -> bool:
-        """Whether the arena is page-locked; asked once, which of an ended engine's takes 9 us."""
-        locked = self._locked.get(arena)
-        if locked is None:
-            locked = self._locked[arena] = arena.page_locked(self._device.index)
+    def __missing__(self, arena: AttachedArena) -> bool:
+        locked = self[arena] = arena.page_locked(self._device)
         return locked
-
-    def __missing__(self, arena: AttachedArena) -> torch.Tensor:
-        heap = super().__missing__(arena)
-        if not self.locked(arena):
-            return heap
-        if not self._whole_rows:
-            # An older torch takes it for memory of the device that it was locked through, and
-            # would copy it, now, to another device.
-            if _as_seen_by_gpu(heap[:1], self._device).data_ptr() != heap.data_ptr():
-                return heap
-            heap = self[arena] = _as_seen_by_gpu(heap, self._device)
-        self.reachable.add(arena)
-        return heap
 
 
 def _words_of(rows: npt.NDArray[Any], word: torch.dtype) -> torch.Tensor:
@@ -300,9 +272,9 @@ def _in_words(
     return _WORDS[size], layout.row_bytes // size, columns
 
 
-def _alignment(memory: torch.Tensor, widest: int) -> int:
-    """The widest word, up to so many bytes, that a tensor can be seen in."""
-    return math.gcd(widest, memory.data_ptr(), memory.storage_offset() * memory.element_size())
+def _alignment(memory: torch.Tensor) -> int:
+    """The widest word that a tensor can be seen in."""
+    return math.gcd(_WIDEST, memory.data_ptr(), memory.storage_offset() * memory.element_size())
 
 
 def _width(runs: Sequence[Run]) -> int:
@@ -323,15 +295,15 @@ def _gather(
             "records whose leases have ended. Read them before, into a tensor of the graph's"
         )
     whole_rows = len(columns) == 1 and packed.shape[1] == width
-    by_address = whole_rows and can_copy()
-    heaps = _HeapsForGpu(packed.dtype, packed.device, whole_rows=whole_rows)
+    by_address = can_copy()
+    locked = _Locked(packed.device.index)
     kept: list[Any] = []
     try:
         if by_address:
-            records = _but_for_whole_rows(records, packed, heaps, kept)
-        for rows, source, to in _placed(records, width, heaps):
+            records = _but_for_locked(records, width, columns, packed, locked, kept)
+        for rows, source, to in _placed(records, width, _Heaps(packed.dtype)):
             target = _Block.of(packed, to, source.rows)
-            if isinstance(rows, views.LeasedRows) and rows.arena in heaps.reachable:
+            if whole_rows and isinstance(rows, views.LeasedRows) and locked[rows.arena]:
                 kept.append(rows)
                 _copy(source, columns, target)
             else:
@@ -345,45 +317,37 @@ def _gather(
             torch.autograd.graph.increment_version(packed)
 
 
-def _but_for_whole_rows(
+def _but_for_locked(
     records: Iterable[tuple[Rows, Sequence[Run]]],
+    width: int,
+    columns: Sequence[Run],
     packed: torch.Tensor,
-    heaps: _HeapsForGpu,
+    locked: _Locked,
     kept: list[Any],
 ) -> Iterator[tuple[Rows, Sequence[Run]]]:
     """Queue the copies of records that the copy engine can take as they lie; yield the others.
 
     What it takes is added to ``kept``. By addresses alone: no tensor is made of any record.
     """
-    row_bytes = packed.shape[1] * packed.itemsize
+    here, there = width * packed.itemsize, packed.shape[1] * packed.itemsize
+    parts = [Run(*(packed.itemsize * word for word in run)) for run in columns]
+    whole_rows = len(parts) == 1 and here == there
     target, stream = packed.data_ptr(), current_stream(packed.device.index)
     for rows, ranges in records:
-        if not isinstance(rows, views.LeasedRows) or not heaps.locked(rows.arena):
+        if not isinstance(rows, views.LeasedRows) or not locked[rows.arena]:
             yield rows, ranges
             continue
         if ranges:
             kept.append(rows)
-        source = rows.address
         for to, first, end in ranges:
-            nbytes = (end - first) * row_bytes
-            copy_to_device(target + to * row_bytes, source + first * row_bytes, nbytes, stream)
-
-
-def _as_seen_by_gpu(words: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same page-locked memory as a CUDA tensor; it does not keep the memory."""
-    return torch.as_tensor(_Mapped(words), device=device)
-
-
-class _Mapped:
-    """Page-locked words for the CUDA array interface: a GPU maps them at the CPU's address."""
-
-    def __init__(self, words: torch.Tensor) -> None:
-        self.__cuda_array_interface__ = {
-            "version": 3,
-            "shape": tuple(words.shape),
-            "typestr": f"<{'u' if words.dtype is torch.uint8 else 'i'}{words.dtype.itemsize}",
-            "data": (words.data_ptr(), False),  # True is refused; nothing writes to it
-        }
+            source, goal = rows.address + first * here, target + to * there
+            if whole_rows:
+                copy_to_device(goal, source, (end - first) * here, stream)
+                continue
+            for at, begin, stop in parts:
+                copy_rows_to_device(
+                    goal + at, there, source + begin, here, stop - begin, end - first, stream
+                )
 
 
 def _as_stored(packed: torch.Tensor, layout: RouteLayout) -> torch.Tensor:

@@ -106,17 +106,26 @@ def test_a_batch_on_the_gpu_equals_the_rows(filled, layout, dtype):
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(TOKENS)]
 
 
-def test_without_the_runtime_s_own_copy_torch_s_takes_them(filled, monkeypatch):
+@pytest.mark.parametrize("layers", [slice(None), slice(1, 3)], ids=["all", "some"])
+def test_without_the_runtime_s_own_copies_torch_s_take_them(filled, monkeypatch, layers):
     _, records = filled
     monkeypatch.setattr(transfer, "can_copy", lambda: False)
-    batch = read_batch([record.ticket for record in records], device="cuda")
-    assert exact(batch.rows, np.concatenate([record.rows for record in records]))
+    batch = read_batch([record.ticket for record in records], layers=layers, device="cuda")
+    assert exact(batch.rows, np.concatenate([record.rows[:, layers] for record in records]))
 
 
-def test_a_copy_that_is_refused_says_why_and_leaves_no_error_behind():
+@pytest.mark.parametrize(
+    ("copy", "sizes"),
+    [
+        (cuda_runtime.copy_to_device, (1, 1, 8)),
+        (cuda_runtime.copy_rows_to_device, (1, 4, 1, 4, 2, 4)),
+    ],
+    ids=["in one piece", "rows"],
+)
+def test_a_copy_that_is_refused_says_why_and_leaves_no_error_behind(copy, sizes):
     assert cuda_runtime.can_copy()
     with pytest.raises(RuntimeError, match="8 bytes to the GPU was refused: invalid argument"):
-        cuda_runtime.copy_to_device(1, 1, 8, torch.cuda.current_stream().cuda_stream)
+        copy(*sizes, torch.cuda.current_stream().cuda_stream)
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
