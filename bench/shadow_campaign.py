@@ -158,7 +158,8 @@ CASES: dict[str, Case] = {
         "memory given back and taken again",
         _qwen,
         paused,
-        {**_SMALL, "enable_memory_saver": True},
+        # A pool that is large enough for its table to have memory of its own.
+        {**_SMALL, "enable_memory_saver": True, "max_total_tokens": 400_000},
         rows=240_000,
         faults=("counted-memory",) if has_gpu() else (),
     ),
