@@ -19,6 +19,8 @@ What is measured
       place of the copy, as an engine without a GPU does it. All in one process: neither side
       pays for sockets, which spares the native chain its 67 MB.
     - Bytes of a response for its routes, and host bytes per row held, tables included.
+    - Making an arena of 2 GiB: with its pages entered into the page tables before it is there, and
+      with a thread that enters them, as an engine has it made.
 
 How
     Medians and p99 after a warm-up, nothing pinned, the garbage collector on; what is
@@ -68,6 +70,7 @@ from shmroute import layout, reaper
 SHORT, LONG = 8_192, 32_768
 SLOTS = 16_384
 RECORDS_HELD = 24
+NEW_ARENA = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,11 @@ class Repetitions:
     calls: int
     native: int
     standard: int
+    arenas: int
 
 
-FULL = Repetitions(calls=5_000, native=25, standard=7)
-QUICK = Repetitions(calls=500, native=4, standard=2)
+FULL = Repetitions(calls=5_000, native=25, standard=7, arenas=5)
+QUICK = Repetitions(calls=500, native=4, standard=2, arenas=1)
 # For each run of the native chain.
 ARENA_RUNS = 8
 
@@ -363,6 +367,37 @@ def host_bytes(arena: shmroute.Arena, record: Any) -> float:
     return float(record.plan.total_bytes + tables / description.slots)
 
 
+# -- making an arena -----------------------------------------------------------------------------
+
+
+def bench_creation(bench: Bench) -> None:
+    """What an engine's start waits for, in turns with what it would wait for otherwise."""
+    whole, made, entered = [], [], []
+    for lap in bench.laps("making arenas", bench.repetitions.arenas):
+        for in_background in (False, True):
+            began = time.perf_counter()
+            arena = shmroute.Arena.create(
+                "bench-store",
+                ROUTES,
+                capacity=NEW_ARENA,
+                slots=SLOTS,
+                retention=0,
+                in_background=in_background,
+            )
+            there = time.perf_counter() - began
+            arena.population.wait()
+            if lap >= 0 and in_background:
+                made.append(there)
+                entered.append(time.perf_counter() - began)
+            elif lap >= 0:
+                whole.append(there)
+            arena.close()
+    what = "an arena of 2 GiB"
+    bench.figure(f"{what} is made, its pages entered before", statistics.median(whole), "s")
+    bench.figure(f"{what} is made, its pages entered by a thread", statistics.median(made), "s")
+    bench.figure(f"{what}, until that thread is through", statistics.median(entered), "s")
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 
@@ -375,6 +410,7 @@ def measure(quick: bool, progress: Progress) -> list[Row]:
     tables = RouteTables()
     for tokens in (SHORT, LONG):
         bench_to_the_view(bench, tables, tokens)
+    bench_creation(bench)
     return bench.rows
 
 

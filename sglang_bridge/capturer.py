@@ -134,6 +134,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             keep_versions=settings.keep_versions,
             checksum=settings.checksum,
             maintained=True,
+            in_background=True,
         )
         publisher = Publisher(
             arena,

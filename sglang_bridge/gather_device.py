@@ -107,6 +107,7 @@ class DeviceGatherer:
         self._lane_rows = self._lane_bytes // routes.row_bytes
         self._heap = torch.frombuffer(arena.memory.heap, dtype=torch.uint8)
         self._heap_address = self._heap.data_ptr()
+        self._population = arena.population
         self.page_lock = PageLock(
             arena.memory.heap_address,
             arena.memory.description.heap_bytes,
@@ -152,7 +153,8 @@ class DeviceGatherer:
         self._hand_over = hand_over
         self._make_lanes()
         self._compile()
-        self.page_lock.start()
+        # Not at the same time: the driver would enter the pages itself, and CUDA calls wait for it.
+        self._population.then(self.page_lock.start)
 
     def _compile(self) -> None:
         """Gather a piece of no rows: the first launch compiles, which no request shall wait for."""
@@ -409,6 +411,7 @@ class DeviceGatherer:
         self._hand_over(None)
         self._gather_stream.synchronize()
         self._copy_stream.synchronize()
+        self._population.stop()
         self.page_lock.close()
 
 

@@ -66,17 +66,8 @@ class ArenaMemory:
         return np.frombuffer(buffer, dtype=np.uint64, count=length, offset=offset)
 
     @classmethod
-    def open(
-        cls, segment: SegmentName, *, writable: bool = False, populate: bool = False
-    ) -> ArenaMemory:
+    def open(cls, segment: SegmentName, *, writable: bool = False) -> ArenaMemory:
         """Map an existing arena.
-
-        Parameters
-        ----------
-        populate
-            Enter every page into the page tables now (0.15 to 0.4 s a GiB): first touched in
-            use, they cost a fault each, 10 to 70 ms for a record of 12.6 MB. Never for an arena
-            with holes, which it would fill.
 
         Raises
         ------
@@ -92,15 +83,13 @@ class ArenaMemory:
             os.close(fd)
             raise
         try:
-            return cls._map(segment, fd, control_fd, writable=writable, populate=populate)
+            return cls._map(segment, fd, control_fd, writable=writable)
         finally:
             os.close(control_fd)
             os.close(fd)
 
     @classmethod
-    def _map(
-        cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool, populate: bool
-    ) -> ArenaMemory:
+    def _map(cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool) -> ArenaMemory:
         # Read, not mapped: nothing is touched, and no more is mapped than the header asks for,
         # before it is known what this is.
         head, size = os.pread(fd, layout.HEADER_BYTES, 0), os.fstat(fd).st_size
@@ -113,10 +102,9 @@ class ArenaMemory:
             raise LayoutMismatch(
                 f"{segment.control} is shorter than {description.control_bytes} bytes"
             )
-        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         try:
-            data = mmap.mmap(fd, description.capacity, flags=flags, prot=protection)
+            data = mmap.mmap(fd, description.capacity, flags=mmap.MAP_SHARED, prot=protection)
             control = mmap.mmap(control_fd, description.control_bytes, access=mmap.ACCESS_WRITE)
         except ValueError as error:
             raise LayoutMismatch(f"{segment.data} became shorter while it was opened") from error

@@ -983,6 +983,51 @@ _BRIDGE = (
     ),
 )
 
+_POPULATION = (
+    Guard(
+        "the end of the population before the arena's",
+        "its memory goes when nobody enters its pages any more",
+        "shmroute/arena.py",
+        "        self.population.stop()\n",
+        "",
+        ("store/test_population.py::test_closing_ends_it_first_and_leaves_nothing",),
+    ),
+    Guard(
+        "the look at stop between two pieces",
+        "an engine that ends waits for a piece and not for all pages",
+        "shmroute/population.py",
+        "                if self._stopped:\n                    break\n",
+        "",
+        ("store/test_population.py::test_stopped_it_leaves_the_rest_and_what_was_to_follow",),
+    ),
+    Guard(
+        "what follows a population that was stopped",
+        "memory that is about to go is not page-locked",
+        "shmroute/population.py",
+        "        if not self._stopped:\n            for action in actions:",
+        "        if True:\n            for action in actions:",
+        ("store/test_population.py::test_stopped_it_leaves_the_rest_and_what_was_to_follow",),
+    ),
+    Guard(
+        "the process that asks for a population's end",
+        "a fork waits for no thread that it does not have",
+        "shmroute/population.py",
+        "if not self._begun or os.getpid() != self._pid:",
+        "if not self._begun:",
+        ("store/test_population.py::test_a_forked_child_waits_for_nothing",),
+    ),
+    Guard(
+        "the kernel without MADV_POPULATE_WRITE",
+        "pages are entered there, too",
+        "shmroute/population.py",
+        "if number not in (errno.EINVAL, errno.EINTR, errno.EAGAIN):",
+        "if number not in (errno.EINTR, errno.EAGAIN):",
+        (
+            "store/test_population.py::test_an_older_kernel_is_not_asked_again_and_every_page_is_read",
+        ),
+    ),
+)
+
 _GPU = (
     Guard(
         "the wait of the scatter for the last gather, on streams",
@@ -1099,4 +1144,4 @@ _GPU = (
     ),
 )
 
-GUARDS = (*_BRIDGE, *_WRITER, *_READER, *_FORKS, *_SEGMENTS, *_REAPER, *_GPU)
+GUARDS = (*_BRIDGE, *_WRITER, *_READER, *_FORKS, *_SEGMENTS, *_REAPER, *_POPULATION, *_GPU)
