@@ -93,12 +93,21 @@ ARENA_RUNS = 8
 
 
 @contextmanager
-def scratch_arena(capacity: int, slots: int, name: str = "bench-store") -> Iterator[shmroute.Arena]:
+def scratch_arena(
+    capacity: int, slots: int, name: str = "bench-store", *, in_background: bool = False
+) -> Iterator[shmroute.Arena]:
     """An arena that is gone afterwards, whatever happened and whoever still has views.
 
     Without retention, so that after a SIGKILL the next run's arena removes it.
     """
-    arena = shmroute.Arena.create(name, ROUTES, capacity=capacity, slots=slots, retention=0)
+    arena = shmroute.Arena.create(
+        name,
+        ROUTES,
+        capacity=capacity,
+        slots=slots,
+        retention=0,
+        in_background=in_background,
+    )
     try:
         yield arena
     finally:
@@ -376,22 +385,15 @@ def bench_creation(bench: Bench) -> None:
     for lap in bench.laps("making arenas", bench.repetitions.arenas):
         for in_background in (False, True):
             began = time.perf_counter()
-            arena = shmroute.Arena.create(
-                "bench-store",
-                ROUTES,
-                capacity=NEW_ARENA,
-                slots=SLOTS,
-                retention=0,
-                in_background=in_background,
-            )
-            there = time.perf_counter() - began
-            arena.population.wait()
+            with scratch_arena(NEW_ARENA, SLOTS, in_background=in_background) as arena:
+                there = time.perf_counter() - began
+                arena.population.wait()
+                through = time.perf_counter() - began
             if lap >= 0 and in_background:
                 made.append(there)
-                entered.append(time.perf_counter() - began)
+                entered.append(through)
             elif lap >= 0:
                 whole.append(there)
-            arena.close()
     what = "an arena of 2 GiB"
     bench.figure(f"{what} is made, its pages entered before", statistics.median(whole), "s")
     bench.figure(f"{what} is made, its pages entered by a thread", statistics.median(made), "s")

@@ -155,18 +155,22 @@ class Arena:
             memory, population, life_fd = _make(
                 name, routes, size, slots, retention, group, in_background=in_background
             )
-        leases = ExclusiveLeases(memory.segment.lease_file)
-        writer = RecordWriter(
-            memory,
-            leases,
-            retention=retention,
-            keep_versions=keep_versions,
-            checksum=checksum,
-            maintained=maintained,
-        )
-        arena = cls(memory.segment, memory, population, writer, life_fd)
-        population.start()
-        return arena
+        try:
+            writer = RecordWriter(
+                memory,
+                ExclusiveLeases(memory.segment.lease_file),
+                retention=retention,
+                keep_versions=keep_versions,
+                checksum=checksum,
+                maintained=maintained,
+            )
+            population.start()
+            return cls(memory.segment, memory, population, writer, life_fd)
+        except BaseException:  # of a signal's handler, most likely
+            population.stop()
+            _close_life(life_fd)
+            reaper.reap_segment(memory.segment)
+            raise
 
     def reserve(
         self,
@@ -353,8 +357,9 @@ _life_fds: set[int] = set()
 
 
 def _close_life(fd: int) -> None:
-    _life_fds.discard(fd)
-    os.close(fd)
+    if fd in _life_fds:
+        _life_fds.discard(fd)
+        os.close(fd)
 
 
 _every_arena: weakref.WeakSet[Arena] = weakref.WeakSet()

@@ -22,7 +22,8 @@ Races, and where they are closed
       nothing.
     - a CUDA graph that another thread captures meanwhile: see ``relaxed_capture``.
     - the interpreter ends while the driver is locking: a daemon thread that wants the GIL back
-      then is ended inside C++, which aborts the process; so the end waits for it.
+      then is ended inside C++, which aborts the process; so the end waits for it, and after that
+      none begins.
 """
 
 from __future__ import annotations
@@ -163,7 +164,13 @@ class PageLock:
             self._pid = os.getpid()
             self._state = _State.LOCKING
             _under_way.add(self)
-            return True
+            if not _ending:
+                return True
+            # The interpreter's end may have looked for what is under way before that.
+            _under_way.discard(self)
+            self._state = _State.CLOSED
+            self._settled.set()
+            return False
 
     def _settle(self) -> None:
         self._locking_thread = threading.get_ident()
@@ -244,7 +251,12 @@ def _name(code: Any) -> str:
 _under_way: weakref.WeakSet[PageLock] = weakref.WeakSet()
 
 
+_ending = False
+
+
 def _wait_at_exit() -> None:
+    global _ending
+    _ending = True
     for lock in list(_under_way):
         lock.wait(_SECONDS_AT_EXIT)
 

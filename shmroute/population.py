@@ -14,8 +14,13 @@ It only makes later uses faster: what goes wrong here is a warning.
 
 Races, and where they are closed
     - the end of the mapping: it cannot end before this does, which holds a view of it.
-    - ``stop`` while a piece is under way: it waits for that one.
-    - a file that somebody shortens meanwhile: the kernel answers with an error, not with SIGBUS.
+    - ``stop`` while a piece is under way: it waits for that one. From a finaliser that the
+      collector runs on the populating thread itself, it does not, and the rest is left.
+    - a file that somebody shortens meanwhile: the kernel answers with an error, not with SIGBUS
+      (an older one, which is not asked, with SIGBUS).
+    - ``then`` while the last page is entered: whoever takes an action off the queue does it.
+    - an exception of a signal's handler in ``start``: who waits asks for the thread, which then is
+      there or not.
     - fork: a child has no such thread and waits for none.
     - the end of the interpreter: it stops what is under way, since a daemon thread that wants the
       interpreter's lock back then is ended inside of a call.
@@ -31,7 +36,7 @@ import logging
 import mmap
 import os
 import threading
-import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +46,13 @@ logger = logging.getLogger("shmroute")
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 _PIECE_BYTES = 16 << 20
+_SECONDS_AT_EXIT = 10.0
 
 
 class Population:
-    """The pages of one mapping. Any thread may call any method.
+    """The pages of one mapping, entered once, by ``start`` or by ``run``.
+
+    ``then``, ``wait`` and ``stop`` are for any thread.
 
     Parameters
     ----------
@@ -56,46 +64,54 @@ class Population:
 
     def __init__(self, memory: memoryview, what: str) -> None:
         self._bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._address = int(self._bytes.ctypes.data)
         self._what = what
-        self._asked = True
+        self._kernel_knows = True  # the request, as far as it is known
         self._pid = os.getpid()
-        self._begun = self._stopped = False
-        self._guard = threading.Lock()
-        self._settled = threading.Event()
-        self._afterwards: list[Callable[[], object]] = []
+        self._thread: threading.Thread | None = None
+        self._begun = self._stopped = self._done = False
+        self._afterwards: deque[Callable[[], object]] = deque()
 
     def start(self) -> None:
-        """Begin in a thread of its own and return at once."""
-        if not self._begin():
+        """Begin in a thread of its own and return at once; again does nothing."""
+        if self._begun:
             return
-        thread = threading.Thread(target=self._settle, name="shmroute-populate", daemon=True)
+        self._begun = True
+        self._thread = thread = threading.Thread(
+            target=self._populate, name="shmroute-populate", daemon=True
+        )
+        _under_way.add(self)
         try:
             thread.start()
         except RuntimeError as error:  # the limit of threads
+            if thread.is_alive():
+                raise
             self._warn(f"no thread for it: {error}")
             self._finish()
 
     def run(self) -> None:
         """The same on the calling thread."""
-        if self._begin():
-            self._settle()
+        if not self._begun:
+            self._begun = True
+            self._populate()
 
     def then(self, action: Callable[[], object]) -> None:
         """Call this once all pages are entered, or cannot be, on the thread that does it; at once
-        if it is so already. Not after ``stop``.
+        if it is so already. Not if ``stop`` comes before, and not in a fork.
         """
-        with self._guard:
-            if not self._settled.is_set():
-                self._afterwards.append(action)
-                return
-        if not self._stopped:
-            action()
+        self._afterwards.append(action)
+        if self._done:
+            self._go_on()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is under way any more; whether that is so."""
-        if not self._begun or os.getpid() != self._pid:
+        """Wait until no page is being entered any more; whether that is so."""
+        thread = self._thread
+        if thread is None or os.getpid() != self._pid or not thread.is_alive():
             return True
-        return self._settled.wait(timeout)
+        if thread is threading.current_thread():
+            return False
+        thread.join(timeout)
+        return not thread.is_alive()
 
     def stop(self) -> None:
         """Leave the rest to the faults of later uses, after the piece that is under way."""
@@ -104,19 +120,9 @@ class Population:
 
     # -- populating ------------------------------------------------------------------------
 
-    def _begin(self) -> bool:
-        with self._guard:
-            if self._begun:
-                return False
-            self._begun = True
-        _under_way.add(self)
-        return True
-
-    def _settle(self) -> None:
+    def _populate(self) -> None:
         try:
             for first in range(0, self._bytes.nbytes, _PIECE_BYTES):
-                if self._stopped:
-                    break
                 self._enter(first, min(first + _PIECE_BYTES, self._bytes.nbytes))
         except OSError as error:
             self._warn(str(error))
@@ -124,24 +130,34 @@ class Population:
             self._finish()
 
     def _finish(self) -> None:
-        with self._guard:
-            self._settled.set()
-            actions, self._afterwards = self._afterwards, []
+        self._done = True
         _under_way.discard(self)
-        if not self._stopped:
-            for action in actions:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._afterwards:
+            try:
+                action = self._afterwards.popleft()
+            except IndexError:
+                return  # another thread was faster
+            if self._stopped or os.getpid() != self._pid:
+                continue
+            try:
                 action()
+            except Exception:
+                logger.exception("%s: what was to follow its population failed", self._what)
 
     def _enter(self, first: int, end: int) -> None:
-        while self._asked:
-            code = _madvise()(self._bytes.ctypes.data + first, end - first, _POPULATE_WRITE)
-            if not code:
+        while not self._stopped:
+            if not self._kernel_knows:
+                self._bytes[first : end : mmap.PAGESIZE].max()
+                return
+            if not _madvise()(self._address + first, end - first, _POPULATE_WRITE):
                 return
             number = ctypes.get_errno()
-            self._asked = number != errno.EINVAL  # an older kernel
-            if number not in (errno.EINVAL, errno.EINTR, errno.EAGAIN):
+            self._kernel_knows = number != errno.EINVAL  # an older one
+            if number not in (errno.EINVAL, errno.EINTR):
                 raise OSError(number, f"MADV_POPULATE_WRITE: {os.strerror(number)}")
-        self._bytes[first : end : mmap.PAGESIZE].max()
 
     def _warn(self, why: str) -> None:
         logger.warning(
@@ -160,12 +176,13 @@ def _madvise() -> Any:
     return function
 
 
-_under_way: weakref.WeakSet[Population] = weakref.WeakSet()
+_under_way: set[Population] = set()
 
 
 def _stop_at_exit() -> None:
     for population in list(_under_way):
-        population.stop()
+        population._stopped = True
+        population.wait(_SECONDS_AT_EXIT)
 
 
 atexit.register(_stop_at_exit)

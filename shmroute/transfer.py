@@ -10,8 +10,9 @@ page-locked arena
     and a kernel that reads through the mapping takes longer on the GPU (H200, 1 to 912 bytes of a
     row), and three times as long to launch.
 anything else
-    An arena that is not locked yet or could not be, and inline records: the CPU packs the
-    layers into a page-locked piece, and the copy engine takes it while the next is packed.
+    An arena that is not locked yet or could not be, inline records, and layers where torch came
+    without the runtime's library: the CPU packs them into a page-locked piece, and the copy
+    engine takes it while the next is packed.
 
 On the CPU, too, layers are packed first and widened then, a piece at a time that the cache holds:
 torch widens a strided tensor slower than both together, and a whole batch packed first would be
@@ -235,6 +236,8 @@ class _Locked(dict[AttachedArena, bool]):
 
 
 def _words_of(rows: npt.NDArray[Any], word: torch.dtype) -> torch.Tensor:
+    if rows.ctypes.data % word.itemsize:  # on which torch's copies of wide words crash
+        rows = rows.copy()
     tensor: torch.Tensor = views.as_tensor(rows)
     return tensor.view(-1).view(word)
 
@@ -294,8 +297,8 @@ def _gather(
             "routes cannot be read while a CUDA graph is captured: its replays would read "
             "records whose leases have ended. Read them before, into a tensor of the graph's"
         )
-    whole_rows = len(columns) == 1 and packed.shape[1] == width
     by_address = can_copy()
+    by_torch = not by_address and _are_whole(columns, width, packed)
     locked = _Locked(packed.device.index)
     kept: list[Any] = []
     try:
@@ -303,7 +306,7 @@ def _gather(
             records = _but_for_locked(records, width, columns, packed, locked, kept)
         for rows, source, to in _placed(records, width, _Heaps(packed.dtype)):
             target = _Block.of(packed, to, source.rows)
-            if whole_rows and isinstance(rows, views.LeasedRows) and locked[rows.arena]:
+            if by_torch and isinstance(rows, views.LeasedRows) and locked[rows.arena]:
                 kept.append(rows)
                 _copy(source, columns, target)
             else:
@@ -315,6 +318,11 @@ def _gather(
         if by_address and not packed.is_inference():
             # As torch's own copies do: a graph of autograd may have kept ``out``.
             torch.autograd.graph.increment_version(packed)
+
+
+def _are_whole(columns: Sequence[Run], width: int, packed: torch.Tensor) -> bool:
+    """Whether rows of ``width`` words go to ``packed`` as they are."""
+    return len(columns) == 1 and packed.shape[1] == width
 
 
 def _but_for_locked(
@@ -331,7 +339,7 @@ def _but_for_locked(
     """
     here, there = width * packed.itemsize, packed.shape[1] * packed.itemsize
     parts = [Run(*(packed.itemsize * word for word in run)) for run in columns]
-    whole_rows = len(parts) == 1 and here == there
+    whole_rows = _are_whole(columns, width, packed)
     target, stream = packed.data_ptr(), current_stream(packed.device.index)
     for rows, ranges in records:
         if not isinstance(rows, views.LeasedRows) or not locked[rows.arena]:

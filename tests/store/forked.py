@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ _SECONDS = 60.0
 
 
 # -- the test's side ---------------------------------------------------------------------------
+
+
+def in_child(work: Callable[[], object], seconds: int = 10) -> int:
+    """Exit status of a forked child that runs ``work``; -SIGALRM when it hung."""
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 class ForkServer:

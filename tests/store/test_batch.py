@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -101,6 +102,17 @@ def test_inline_and_empty_records_mix_with_mapped_ones(arena, records, tickets):
     expected = np.concatenate([records[0].rows, rows, records[2].rows])
     assert np.array_equal(batch.rows.numpy(), expected)
     assert batch.cu_seqlens.tolist() == [0, 0, 7, 12, 15]
+
+
+def test_inline_rows_may_lie_at_any_address(make_arena):
+    arena = make_arena(RouteLayout(256, 8, range(6), model="tests"))
+    record = decode(arena.inline("inline", np.zeros((300, 6, 8), dtype=np.uint8)))
+    memory = np.random.default_rng(3).integers(0, 256, record.rows.nbytes + 16, dtype=np.uint8)
+    for offset in (0, 1, 8, 15):
+        rows = memory[offset : offset + record.rows.nbytes].reshape(record.rows.shape)
+        moved = dataclasses.replace(record, rows=rows)
+        for layers in (slice(None), slice(0, 2), slice(2, 6)):
+            assert np.array_equal(read_batch(moved, layers=layers).rows.numpy(), rows[:, layers])
 
 
 def test_a_batch_of_empty_records_is_empty(arena):

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import time
 import numpy as np
 import pytest
 from actors import LAYOUT, add
+from forked import in_child
 
 import shmroute
 from shmroute import Arena, RouteGone, RouteNotFound, ShmRouteReader, attached
@@ -107,21 +107,6 @@ def test_records_that_expire_as_they_are_sealed_are_whole_or_gone(make_arena):
         thread.join()
     assert wrong == []
     assert count > 10
-
-
-def in_child(work, seconds=10) -> int:
-    """Exit status of a forked child that runs ``work``; -SIGALRM when it hung."""
-    pid = os.fork()
-    if pid == 0:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_fork_of_the_writer_does_not_wait_for_a_lock_that_nobody_holds_there(arena):

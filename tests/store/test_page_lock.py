@@ -23,7 +23,8 @@ torch = pytest.importorskip("torch")
 if torch.cuda.is_available():
     pytest.skip("refusals for want of a CUDA device", allow_module_level=True)
 
-from shmroute.pinned import PageLock, pinned_tensor  # noqa: E402 (needs torch)
+from shmroute import pinned  # noqa: E402 (needs torch)
+from shmroute.pinned import PageLock, pinned_tensor  # noqa: E402
 
 
 @pytest.fixture
@@ -184,6 +185,17 @@ def test_no_host_memory_is_an_error():
 
 
 # -- arenas ------------------------------------------------------------------------------------
+
+
+def test_none_is_begun_when_the_interpreter_ends(lock, caplog, monkeypatch):
+    monkeypatch.setattr(pinned, "_ending", True)
+    assert not lock.run()
+    lock.start()
+    assert not lock.wait(0)
+    assert lock.refused is None
+    assert lock not in pinned._under_way
+    lock.close()
+    assert not warnings_of(caplog)
 
 
 def test_an_arena_that_cannot_be_locked_stays_readable(arena, caplog):
