@@ -132,7 +132,7 @@ class Arena:
             only a bounded part of the reclaiming.
         in_background
             Enter the pages into this process's page tables on a thread of its own, not before
-            this returns: 0.15 to 1.6 s a GiB. Their memory is taken either way.
+            this returns: 0.2 to 2.6 s a GiB. Their memory is taken either way.
         group
             Group id that may read and release, too; None: only this user. Its members are
             trusted not to shorten the control segment, which would end the writer (SIGBUS).
@@ -357,6 +357,7 @@ _life_fds: set[int] = set()
 
 
 def _close_life(fd: int) -> None:
+    """Again does nothing: a traceback may keep an arena whose creation has closed it already."""
     if fd in _life_fds:
         _life_fds.discard(fd)
         os.close(fd)

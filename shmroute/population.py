@@ -2,7 +2,7 @@
 
 Problem
     A page that is first touched while a record is written costs a fault, 10 to 70 ms for a record
-    of 12.6 MB. All at once they take 0.15 to 1.6 s a GiB (tmpfs clears a page only now, and a
+    of 12.6 MB. All at once they take 0.2 to 2.6 s a GiB (tmpfs clears a page only now, and a
     virtual machine may have to be given it), for which an engine's start need not wait.
 
 Approach

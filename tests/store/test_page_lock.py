@@ -78,6 +78,17 @@ def test_a_new_lock_does_nothing_until_it_is_started(lock, caplog):
     assert not warnings_of(caplog)
 
 
+def test_none_is_begun_when_the_interpreter_ends(lock, caplog, monkeypatch):
+    monkeypatch.setattr(pinned, "_ending", True)
+    assert not lock.run()
+    lock.start()
+    assert not lock.wait(0)
+    assert lock.refused is None
+    assert lock not in pinned._under_way
+    lock.close()
+    assert not warnings_of(caplog)
+
+
 def test_a_closed_lock_cannot_be_started(lock, caplog):
     lock.close()
     lock.close()
@@ -185,17 +196,6 @@ def test_no_host_memory_is_an_error():
 
 
 # -- arenas ------------------------------------------------------------------------------------
-
-
-def test_none_is_begun_when_the_interpreter_ends(lock, caplog, monkeypatch):
-    monkeypatch.setattr(pinned, "_ending", True)
-    assert not lock.run()
-    lock.start()
-    assert not lock.wait(0)
-    assert lock.refused is None
-    assert lock not in pinned._under_way
-    lock.close()
-    assert not warnings_of(caplog)
 
 
 def test_an_arena_that_cannot_be_locked_stays_readable(arena, caplog):

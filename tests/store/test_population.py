@@ -46,8 +46,8 @@ def fresh():
 
 @pytest.fixture
 def held(monkeypatch):
-    """A population gets one page table's piece done, and the next begun until this is set or the
-    population stopped.
+    """A population gets its first piece done, and begins with the next when this is set or it is
+    stopped.
     """
     really, first, go_on = population._madvise(), threading.Event(), threading.Event()
 
