@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from sglang_bridge.gather_device import DeviceGatherer, DeviceLocations
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from sglang_bridge.tags import INVALID
-from shmroute import RouteFailed, RouteLayout, RouteTimeout, ShmRouteReader
+from shmroute import RouteFailed, RouteLayout, RouteTimeout, ShmRouteReader, population
 from shmroute.counters import read_counters
 from shmroute.segments import SHM_DIR
 
@@ -85,7 +86,8 @@ class Bridge:
         if not locked:
             self.gatherer.page_lock.close()
         self.publisher.start()
-        assert self.gatherer.page_lock.wait(30) is locked
+        if not how.get("in_background"):  # else the lock comes when the pages are entered
+            assert self.gatherer.page_lock.wait(30) is locked
         self.forwards = DeviceForwards(self.table)
         # SGLang's pool: a row of KV locations for each request.
         self.req_to_token = torch.zeros((64, 40_000), dtype=torch.int32, device=DEVICE)
@@ -180,6 +182,61 @@ def test_every_row_arrives_whatever_the_memory(
     assert counters["tags_wrong"] == counters["inline"] == counters["failed"] == 0
     assert counters["sealed"] == 100
     assert (counters["pageable_copies"] > 0) is ("locked" in how)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No page of an arena is entered before this is set or the population stopped."""
+    really, go_on = population._madvise(), threading.Event()
+
+    def hold(*arguments: Any) -> Any:
+        while not go_on.wait(0.002) and not any(p._stopped for p in list(population._under_way)):
+            pass
+        return really(*arguments)
+
+    monkeypatch.setattr(population, "_madvise", lambda: hold)
+    yield go_on
+    go_on.set()
+
+
+def test_an_engine_s_arena_is_locked_once_its_pages_are_entered(
+    make_bridge: Make, held: threading.Event
+) -> None:
+    bridge = make_bridge(in_background=True)
+    lock, entered = bridge.gatherer.page_lock, bridge.arena.population
+    served = bridge.serve("before", 500)
+    bridge.flush()
+    check([served])
+    assert not entered.wait(0)
+    assert not lock.ready
+    assert lock.refused is None
+    pageable = bridge.counters["pageable_copies"]
+    assert pageable > 0
+    held.set()
+    assert entered.wait(30)
+    assert lock.wait(30)
+    behind = [bridge.serve(f"behind-{i}", 500) for i in range(3)]
+    bridge.flush()
+    check(behind)
+    assert bridge.gatherer._heap.is_pinned()
+    assert bridge.counters["pageable_copies"] == pageable
+    assert bridge.counters["page_locked_bytes"] == bridge.arena.memory.heap.nbytes
+
+
+def test_an_engine_that_ends_before_that_locks_nothing(
+    make_bridge: Make, held: threading.Event
+) -> None:
+    bridge = make_bridge(in_background=True)
+    served = bridge.serve("before", 500)
+    bridge.flush()
+    check([served])
+    bridge.publisher.stop()
+    assert bridge.arena.population.wait(0)
+    lock = bridge.gatherer.page_lock
+    held.set()
+    lock.start()
+    assert not lock.wait(1)
+    assert lock.refused is None
 
 
 def test_requests_of_one_step_go_in_one_copy_each_lane(make_bridge: Make) -> None:
