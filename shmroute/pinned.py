@@ -24,6 +24,9 @@ Races, and where they are closed
     - the interpreter ends while the driver is locking: a daemon thread that wants the GIL back
       then is ended inside C++, which aborts the process; so the end waits for it, and after that
       none begins.
+    - an exception of a signal's handler in ``start``: it is NEW again, and a thread that was made
+      all the same finds that. In ``run``, most likely as the driver's call returns: what that
+      may have granted is taken back.
 """
 
 from __future__ import annotations
@@ -102,6 +105,7 @@ class PageLock:
         self._guard = threading.RLock()
         self._settled = threading.Event()
         self._locking_thread: int | None = None
+        self._asked = False  # the driver
 
     def start(self) -> None:
         """Begin in a thread of its own and return at once; again does nothing."""
@@ -111,6 +115,9 @@ class PageLock:
                 thread.start()
             except RuntimeError as error:  # the limit of threads
                 self._finish(f"no thread for it: {error}")
+            except BaseException:
+                self._take_back()
+                raise
 
     def run(self) -> bool:
         """The same on the calling thread; True when the range is locked now."""
@@ -139,17 +146,21 @@ class PageLock:
         if os.getpid() != self._pid or sys.is_finalizing():
             return  # the parent's; or the process ends, and the kernel unlocks
         with self._guard:
-            if self._state is _State.NEW:
-                self._state = _State.CLOSED
-                self._settled.set()
             if self._locking_thread == threading.get_ident():
                 self._state = _State.CLOSED
                 return
-        self._settled.wait()
+        while not self._close_what_is_settled():
+            self._settled.wait()
+
+    def _close_what_is_settled(self) -> bool:
         with self._guard:
-            if self._state is _State.LOCKED:
-                self._state = _State.CLOSED
+            if self._state is _State.LOCKING:
+                return False
+            before, self._state = self._state, _State.CLOSED
+            if before is _State.LOCKED:
                 self._unregister()
+        self._settled.set()
+        return True
 
     # -- locking ---------------------------------------------------------------------------
 
@@ -163,6 +174,7 @@ class PageLock:
                 self._device = torch.cuda.current_device() if initialised else 0
             self._pid = os.getpid()
             self._state = _State.LOCKING
+            self._settled.clear()
             _under_way.add(self)
             if not _ending:
                 return True
@@ -172,12 +184,28 @@ class PageLock:
             self._settled.set()
             return False
 
+    def _take_back(self) -> None:
+        """Be NEW again, unless a thread is at it."""
+        with self._guard:
+            if self._state is _State.LOCKING and self._locking_thread is None:
+                self._state = _State.NEW
+                _under_way.discard(self)
+                self._settled.set()
+
     def _settle(self) -> None:
-        self._locking_thread = threading.get_ident()
+        with self._guard:
+            if self._state is not _State.LOCKING or self._locking_thread is not None:
+                return  # ``_take_back``
+            self._locking_thread = threading.get_ident()
         try:
             refused = self._register()
         except Exception as error:  # no driver, no device, a fork: torch has many types for it
             refused = f"{type(error).__name__}: {error}"
+        except BaseException as error:
+            self._finish(f"interrupted: {type(error).__name__}")
+            if self._asked:
+                self._unregister()
+            raise
         self._finish(refused)
 
     def _finish(self, refused: str | None) -> None:
@@ -202,6 +230,7 @@ class PageLock:
             for flags in self._flags():
                 if self._state is _State.CLOSED:
                     return "closed before it was locked"
+                self._asked = True
                 code = runtime.cudaHostRegister(self._address, self._size, flags)
                 if code == runtime.cudaError.success:
                     return None

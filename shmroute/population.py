@@ -20,10 +20,11 @@ Races, and where they are closed
       (an older one, which is not asked, with SIGBUS).
     - ``then`` while the last page is entered: whoever takes an action off the queue does it.
     - an exception of a signal's handler in ``start``: who waits asks for the thread, which then is
-      there or not.
+      there or not; and it is the thread that lets the end of the interpreter know of itself.
     - fork: a child has no such thread and waits for none.
     - the end of the interpreter: it stops what is under way, since a daemon thread that wants the
-      interpreter's lock back then is ended inside of a call.
+      interpreter's lock back then is ended inside of a call. A thread that begins after that enters
+      nothing.
 """
 
 from __future__ import annotations
@@ -80,7 +81,6 @@ class Population:
         self._thread = thread = threading.Thread(
             target=self._populate, name="shmroute-populate", daemon=True
         )
-        _under_way.add(self)
         try:
             thread.start()
         except RuntimeError as error:  # the limit of threads
@@ -121,6 +121,9 @@ class Population:
     # -- populating ------------------------------------------------------------------------
 
     def _populate(self) -> None:
+        _under_way.add(self)
+        if _ending:  # which may have looked for what is under way before that
+            self._stopped = True
         try:
             for first in range(0, self._bytes.nbytes, _PIECE_BYTES):
                 self._enter(first, min(first + _PIECE_BYTES, self._bytes.nbytes))
@@ -177,9 +180,12 @@ def _madvise() -> Any:
 
 
 _under_way: set[Population] = set()
+_ending = False
 
 
 def _stop_at_exit() -> None:
+    global _ending
+    _ending = True
     for population in list(_under_way):
         population._stopped = True
         population.wait(_SECONDS_AT_EXIT)

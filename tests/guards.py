@@ -1047,6 +1047,52 @@ _POPULATION = (
         ),
     ),
     Guard(
+        "no population at the interpreter's end",
+        "no thread is ended inside of a call",
+        "shmroute/population.py",
+        "            self._stopped = True\n        try:",
+        "            pass\n        try:",
+        ("store/test_population.py::test_begun_when_the_interpreter_ends_it_enters_nothing",),
+    ),
+    Guard(
+        "the page lock whose start was interrupted",
+        "nobody waits for ever for a thread that does not exist",
+        "shmroute/pinned.py",
+        "                self._take_back()\n",
+        "",
+        ("store/test_page_lock.py::test_interrupted_before_there_is_a_thread_it_can_begin_again",),
+    ),
+    Guard(
+        "the thread of a page lock whose start was interrupted",
+        "memory that is about to go is not page-locked",
+        "shmroute/pinned.py",
+        "            if self._state is not _State.LOCKING or self._locking_thread is not None:\n",
+        "            if self._locking_thread is not None:\n",
+        ("store/test_page_lock.py::test_a_thread_whose_start_was_interrupted_locks_nothing",),
+    ),
+    Guard(
+        "the lock that the driver may have granted before an interruption",
+        "no memory is unmapped under a lock",
+        "shmroute/pinned.py",
+        "            if self._asked:\n                self._unregister()\n",
+        "",
+        (
+            "store/test_page_lock.py::"
+            "test_interrupted_while_it_locks_it_takes_back_what_it_may_have_got",
+        ),
+    ),
+    Guard(
+        "the close of a page lock that was begun again",
+        "no memory is unmapped while it is being locked",
+        "shmroute/pinned.py",
+        "            if self._state is _State.LOCKING:\n                return False\n",
+        "",
+        (
+            "store/test_page_lock.py::"
+            "test_closing_waits_for_one_that_was_taken_back_and_begun_again",
+        ),
+    ),
+    Guard(
         "no page-locking at the interpreter's end",
         "no thread is ended inside the driver, which aborts the process",
         "shmroute/pinned.py",

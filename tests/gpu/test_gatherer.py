@@ -208,7 +208,7 @@ def test_an_engine_s_arena_is_locked_once_its_pages_are_entered(
     bridge.flush()
     check([served])
     assert not entered.wait(0)
-    assert not lock.ready
+    assert not lock.wait(0.5)  # at once where it has not begun
     assert lock.refused is None
     pageable = bridge.counters["pageable_copies"]
     assert pageable > 0
@@ -223,7 +223,7 @@ def test_an_engine_s_arena_is_locked_once_its_pages_are_entered(
     assert bridge.counters["page_locked_bytes"] == bridge.arena.memory.heap.nbytes
 
 
-def test_an_engine_that_ends_before_that_locks_nothing(
+def test_an_engine_that_ends_before_that_leaves_nothing_locked(
     make_bridge: Make, held: threading.Event
 ) -> None:
     bridge = make_bridge(in_background=True)

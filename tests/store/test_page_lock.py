@@ -89,6 +89,76 @@ def test_none_is_begun_when_the_interpreter_ends(lock, caplog, monkeypatch):
     assert not warnings_of(caplog)
 
 
+def test_interrupted_before_there_is_a_thread_it_can_begin_again(lock, monkeypatch):
+    def interrupt(_thread):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lock.start()
+    assert lock not in pinned._under_way
+    assert not lock.wait(0)
+    assert lock.refused is None
+    lock.start()
+    assert not lock.wait(60)
+    assert lock.refused
+
+
+def test_a_thread_whose_start_was_interrupted_locks_nothing(lock, monkeypatch):
+    late = []
+
+    def interrupt(thread):
+        late.append(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            lock.start()
+    monkeypatch.setattr(lock, "_register", lambda: pytest.fail("it asks the driver"))
+    late[0].run()
+    assert lock.refused is None
+    lock.close()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_interrupted_while_it_locks_it_takes_back_what_it_may_have_got(lock, monkeypatch, asked):
+    taken_back = []
+
+    def interrupted():
+        lock._asked = asked
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lock, "_register", interrupted)
+    monkeypatch.setattr(lock, "_unregister", lambda: taken_back.append(True))
+    with pytest.raises(KeyboardInterrupt):
+        lock.run()
+    assert lock.refused == "interrupted: KeyboardInterrupt"
+    assert taken_back == [True] * asked
+    lock.close()
+    assert taken_back == [True] * asked
+    assert lock not in pinned._under_way
+
+
+def test_closing_waits_for_one_that_was_taken_back_and_begun_again(lock, monkeypatch):
+    assert lock._begin()
+    closing = threading.Thread(target=lock.close)
+    closing.start()
+    with lock._guard:  # nobody comes between
+        lock._take_back()
+        assert lock._begin()
+    closing.join(0.2)
+    assert closing.is_alive()
+    monkeypatch.setattr(lock, "_register", lambda: None)
+    given_back = []
+    monkeypatch.setattr(lock, "_unregister", lambda: given_back.append(True))
+    lock._settle()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert given_back == [True]
+
+
 def test_a_closed_lock_cannot_be_started(lock, caplog):
     lock.close()
     lock.close()

@@ -171,8 +171,19 @@ def test_interrupted_before_there_is_a_thread_it_is_not_waited_for(fresh, monkey
         patched.setattr(threading.Thread, "start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fresh.pages.start()
+    assert fresh.pages not in population._under_way  # which would keep the memory for ever
     fresh.pages.stop()
     assert fresh.pages.wait(0)
+
+
+def test_begun_when_the_interpreter_ends_it_enters_nothing(fresh, monkeypatch):
+    monkeypatch.setattr(population, "_ending", True)
+    followed = []
+    fresh.pages.then(lambda: followed.append(True))
+    fresh.pages.start()
+    assert fresh.pages.wait(60)
+    assert fresh.entered == 0
+    assert followed == []
 
 
 def test_a_process_that_ends_meanwhile_ends_quietly(name):
