@@ -18,9 +18,10 @@ is processed (the scheduler waited for it), so the gather need not wait for it.
 The snapshot and the schedule stream
     SGLang rewrites the request's row of ``req_to_token`` right after the hook, on the schedule
     stream. Where no forward is in flight, the snapshots of a step are simply copies on that
-    stream, in order with everything. But under SGLang's overlap it can be held back behind the
-    forward that was launched meanwhile, for a prefill behind the whole of it (measured: 18 ms of a
-    20 ms forward), and with it the gather and the response's rows. Then the snapshot is taken on
+    stream, in order with everything. But a forward that was launched meanwhile can hold it back,
+    where the schedule stream waits for it behind the whole of it (18 ms of 20 in
+    ``bench/gpu.py``; by SGLang's overlap ``bench/shadow_campaign.py`` saw 0.1 to 0.2 ms), and
+    with it the gather and the response's rows. Then the snapshot is taken on
     the gather stream: after that forward's beginning, which itself came after all writes asked for
     before, and the schedule stream waits for it before it rewrites the row.
 
