@@ -17,6 +17,8 @@ Races, and where they are closed
       creator notices in step 2 and begins again.
     - The creator dies anywhere before step 7: the temporary file has no life lock, so
       the reaper removes it with everything that belongs to it.
+    - An exception of a signal's handler interrupts the creation: what was taken by then is in a
+      ``_Claim``, by name, and none of it is left.
     - The writer forks: the child closes its copies and can never write or outlive it.
 """
 
@@ -151,11 +153,14 @@ class Arena:
         size = layout.align(parse_size(capacity), layout.PAGE)
         _check_geometry(routes, size, slots)
         _reap_predecessors(name)
-        with named(f"arena {name} cannot be made"):
-            memory, population, life_fd = _make(
-                name, routes, size, slots, retention, group, in_background=in_background
-            )
+        claim = _Claim(slots)
         try:
+            with named(f"arena {name} cannot be made"):
+                memory = _make(claim, name, routes, size, retention, group)
+                population = claim.population = Population(memory.data, f"arena {name}")
+                if not in_background:
+                    population.run()
+                _publish(memory)
             writer = RecordWriter(
                 memory,
                 ExclusiveLeases(memory.segment.lease_file),
@@ -165,11 +170,9 @@ class Arena:
                 maintained=maintained,
             )
             population.start()
-            return cls(memory.segment, memory, population, writer, life_fd)
-        except BaseException:  # of a signal's handler, most likely
-            population.stop()
-            _close_life(life_fd)
-            reaper.reap_segment(memory.segment)
+            return cls(memory.segment, memory, population, writer, claim.life_fd)
+        except BaseException:  # also of a signal's handler, wherever it comes
+            claim.give_up()
             raise
 
     def reserve(
@@ -248,30 +251,54 @@ def _check_geometry(routes: layout.RouteLayout, size: int, slots: int) -> None:
         )
 
 
+class _Claim:
+    """What a creation has taken so far.
+
+    It is noted here before it is taken, or by the call that takes it, so that an exception
+    between two statements leaves nothing behind, either.
+
+    Attributes
+    ----------
+    segment
+        Under its temporary name.
+    life_fd
+        The descriptor that has its life lock; -1: none.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.segment: SegmentName | None = None
+        self.life_fd = -1
+        self.population: Population | None = None
+
+    def give_up(self) -> None:
+        """Leave nothing of it."""
+        if self.population is not None:
+            self.population.stop()
+        if self.segment is None:
+            return
+        published = self.life_fd >= 0 and segments.same_inode(self.life_fd, self.segment.base)
+        if not published:
+            _remove_unfinished(self.segment, self.slots)
+        if self.life_fd >= 0:
+            _life_fds.add(self.life_fd)
+            _close_life(self.life_fd)
+        if published:
+            reaper.reap_segment(_whole(self.segment))
+
+
 def _make(
+    claim: _Claim,
     name: str,
     routes: layout.RouteLayout,
     size: int,
-    slots: int,
     retention: float,
     group: int | None,
-    *,
-    in_background: bool,
-) -> tuple[ArenaMemory, Population, int]:
-    """Steps 1 to 7 of creation; the arena and the descriptor that has its life lock."""
-    segment, life_fd = _claim_name(name, 0o600 if group is None else 0o640, group)
-    try:
-        description = _describe(segment, routes, size, slots, retention)
-        memory = _fill(segment, life_fd, description, group)
-        population = Population(memory.data, f"arena {segment.base}")
-        if not in_background:
-            population.run()
-        _publish(segment, memory)
-        return memory, population, life_fd
-    except BaseException:
-        _remove_unfinished(segment, slots)
-        _close_life(life_fd)
-        raise
+) -> ArenaMemory:
+    """Steps 1 to 6 of creation."""
+    segment = _claim_name(claim, name, 0o600 if group is None else 0o640, group)
+    description = _describe(segment, routes, size, claim.slots, retention)
+    return _fill(segment, claim.life_fd, description, group)
 
 
 def _remove_unfinished(segment: SegmentName, slots: int) -> None:
@@ -286,18 +313,19 @@ def _lease_files(slots: int) -> int:
     return (slots + SLOTS_PER_FILE - 1) // SLOTS_PER_FILE
 
 
-def _claim_name(name: str, mode: int, group: int | None) -> tuple[SegmentName, int]:
+def _claim_name(claim: _Claim, name: str, mode: int, group: int | None) -> SegmentName:
     while True:
         segment = SegmentName(os.geteuid(), name, secrets.token_bytes(8), temporary=True)
-        fd = segments.create_object(segment.data, mode, group)
-        _life_fds.add(fd)
+        claim.segment = segment
         try:
-            if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
-                return segment, fd
-        except BaseException:
-            segments.unlink_if_present(segment.data)
-            _close_life(fd)
+            claim.life_fd = fd = segments.create_object(segment.data, mode, group)
+        except ShmRouteError:
+            claim.segment = None  # somebody else's
             raise
+        _life_fds.add(fd)
+        if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
+            return segment
+        claim.life_fd = -1
         _close_life(fd)  # the reaper was faster than the lock and has removed the file
 
 
@@ -324,9 +352,8 @@ def _fill(
     """Steps 3 to 6."""
     segments.take_memory(fd, description.capacity, segment.arena)
     shared_mode = 0o600 if group is None else 0o660
-    control_fd = segments.create_object(segment.control, shared_mode, group)
-    try:
-        segments.take_memory(control_fd, description.control_bytes, segment.arena)
+    with os.fdopen(segments.create_object(segment.control, shared_mode, group), "rb", 0) as control:
+        segments.take_memory(control.fileno(), description.control_bytes, segment.arena)
         for index in range(_lease_files(description.slots)):
             # A shared lock needs no more than the right to read.
             name, mode = segment.lease_file(index), 0o600 if group is None else 0o640
@@ -335,12 +362,11 @@ def _fill(
         # Not through ``fd``: a mapping keeps a duplicate of its descriptor, and with it the
         # life lock would outlast ``close``.
         return ArenaMemory.open(segment, writable=True)
-    finally:
-        os.close(control_fd)
 
 
-def _publish(segment: SegmentName, memory: ArenaMemory) -> None:
+def _publish(memory: ArenaMemory) -> None:
     """Step 7."""
+    segment = memory.segment
     try:
         os.rename(segments.path_of(segment.data), segments.path_of(segment.base))
     except (PermissionError, IsADirectoryError) as error:

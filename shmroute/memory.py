@@ -76,17 +76,11 @@ class ArenaMemory:
         LayoutMismatch
             It is not an arena that this version can read.
         """
-        fd = segments.open_object(segment.data, writable=writable)
-        try:
-            control_fd = segments.open_object(segment.control, writable=True)
-        except BaseException:
-            os.close(fd)
-            raise
-        try:
-            return cls._map(segment, fd, control_fd, writable=writable)
-        finally:
-            os.close(control_fd)
-            os.close(fd)
+        with (
+            os.fdopen(segments.open_object(segment.data, writable=writable), "rb", 0) as data,
+            os.fdopen(segments.open_object(segment.control, writable=True), "rb", 0) as control,
+        ):
+            return cls._map(segment, data.fileno(), control.fileno(), writable=writable)
 
     @classmethod
     def _map(cls, segment: SegmentName, fd: int, control_fd: int, *, writable: bool) -> ArenaMemory:

@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import posix_ipc
 
@@ -119,8 +120,24 @@ def create_object(name: str, mode: int, group: int | None) -> int:
     ShmRouteError
         Something has that name already, or nothing may be made there.
     """
+    shared = None
     try:
-        shared = posix_ipc.SharedMemory("/" + name, flags=posix_ipc.O_CREX, mode=0o600)
+        shared = _new_object(name)
+        if group is not None:
+            os.fchown(shared.fd, -1, group)
+        os.fchmod(shared.fd, mode)
+        os.set_inheritable(shared.fd, False)
+        return int(shared.fd)
+    except BaseException:
+        if shared is not None:
+            shared.close_fd()
+            posix_ipc.unlink_shared_memory("/" + name)
+        raise
+
+
+def _new_object(name: str) -> Any:
+    try:
+        return posix_ipc.SharedMemory("/" + name, flags=posix_ipc.O_CREX, mode=0o600)
     except posix_ipc.ExistentialError as error:
         raise ShmRouteError(taken(name)) from error
     except posix_ipc.PermissionsError as error:
@@ -133,16 +150,6 @@ def create_object(name: str, mode: int, group: int | None) -> int:
             code = errno.EMFILE if "process" in str(error) else errno.ENFILE
             raise OSError(code, os.strerror(code)) from error
         raise
-    try:
-        if group is not None:
-            os.fchown(shared.fd, -1, group)
-        os.fchmod(shared.fd, mode)
-    except BaseException:
-        shared.close_fd()
-        posix_ipc.unlink_shared_memory("/" + name)
-        raise
-    os.set_inheritable(shared.fd, False)
-    return shared.fd
 
 
 def open_object(name: str, *, writable: bool) -> int:
@@ -156,19 +163,24 @@ def open_object(name: str, *, writable: bool) -> int:
         It is not a regular file, not owned by the user whose id is in its name, or open to
         everybody's writing.
     """
-    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    fd = -1
     try:
-        fd = os.open(path_of(name), flags)
+        fd = _open(name, os.O_RDWR if writable else os.O_RDONLY)
+        _check_owner(os.fstat(fd), name)
+        return fd
+    except BaseException:
+        if fd >= 0:
+            os.close(fd)
+        raise
+
+
+def _open(name: str, access: int) -> int:
+    try:
+        return os.open(path_of(name), access | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise LayoutMismatch(f"{path_of(name)} is not a shared-memory object") from error
         raise
-    try:
-        _check_owner(os.fstat(fd), name)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
 
 
 def _owner_in(name: str) -> int:

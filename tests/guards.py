@@ -996,9 +996,17 @@ _POPULATION = (
         "the clean-up of an arena whose population was interrupted",
         "no file and no life lock is left that nobody owns",
         "shmroute/arena.py",
-        "            _close_life(life_fd)\n            reaper.reap_segment(memory.segment)\n",
+        "            claim.give_up()\n",
         "",
         ("store/test_population.py::test_interrupted_there_creation_leaves_nothing",),
+    ),
+    Guard(
+        "what a creation that is interrupted has claimed",
+        "no file is left, wherever the interruption comes",
+        "shmroute/arena.py",
+        "        claim.segment = segment\n        try:\n",
+        "        try:\n",
+        ("store/test_interruptions.py::test_a_creation_leaves_nothing_wherever_it_is_interrupted",),
     ),
     Guard(
         "the look at a population's stop before each piece",

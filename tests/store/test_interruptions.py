@@ -61,6 +61,56 @@ def test_an_interrupted_opening_never_takes_the_lease_of_another_view(arena):
     assert lost == 0
 
 
+class Interrupted(BaseException):
+    pass
+
+
+@contextlib.contextmanager
+def interrupted_at(line, *modules):
+    """As a signal's handler that raises before the so-maniest line that these modules run."""
+    files, left = {module.__file__ for module in modules}, line
+
+    def look(frame, event, _argument):
+        nonlocal left
+        if frame.f_code.co_filename not in files:
+            return None
+        left -= event == "line"
+        if event == "line" and left < 0:
+            raise Interrupted
+        return look
+
+    sys.settrace(look)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # closed all the same
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_creation_leaves_nothing_wherever_it_is_interrupted(name, files, in_background):
+    lines = 0
+    gc.collect()  # what other tests have left open
+    descriptors, lives = len(os.listdir("/proc/self/fd")), set(_life_fds)
+    while True:
+        try:
+            with interrupted_at(lines, shmroute.arena, shmroute.segments):
+                made = Arena.create(
+                    name, LAYOUT, capacity="2MiB", slots=16, in_background=in_background
+                )
+        except Interrupted:
+            pass
+        else:
+            break
+        gc.collect()
+        assert files() == [], lines
+        assert _life_fds == lives
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
+        lines += 1
+    made.close()
+    assert lines > 100
+
+
 def test_records_that_expire_as_they_are_sealed_are_whole_or_gone(make_arena):
     """The sealing thread unlocks while the reserving one evicts: both through one description."""
     arena = make_arena(slots=4, retention=0.0)
