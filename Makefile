@@ -5,6 +5,9 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
 VENV := .venv/bin/python
 TOOLS := .venv/environment/bin
 
+# Else each of the hundreds of processes that the tests start compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo demo-r3 test test-fast lint bench-store bench-engine bench-transports bench-scaling bench-memory report clean
 
 setup:
