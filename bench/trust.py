@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).parents[1]
 TAIL = 60  # lines of a campaign that failed
 # Of tests/store/test_model.py: few examples of any other may not come across everything.
-SEED_OF_MAKE_TEST = 4
+SEED_OF_MAKE_TEST = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from shmroute.memory import ArenaMemory
 from shmroute.ticket import decode
 
 EXAMPLES = int(os.environ.get("SHMROUTE_MODEL_EXAMPLES", 0))
-SEED = int(os.environ.get("SHMROUTE_MODEL_SEED", random.randrange(1 << 32) if EXAMPLES else 4))
+SEED = int(os.environ.get("SHMROUTE_MODEL_SEED", random.randrange(1 << 32) if EXAMPLES else 8))
 SAMPLES_OF_MAKE_TEST, EXAMPLES_OF_MAKE_TEST, STEPS = 8, 120, 50
 
 SLOTS, CAPACITY = 6, 53248  # a heap of 32 KiB, of which the largest record takes two fifths
