@@ -1,28 +1,34 @@
-"""Order of the whole suite, and benchmarks as processes of their own, of which nothing stays."""
+"""Order of the whole suite, what runs beside it, and benchmarks of which nothing stays."""
 
 from __future__ import annotations
 
 import gc
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from benches import Bench
+from beside import Beside, asked_for
 
-ROOT = Path(__file__).parents[1]
-SHM = Path("/dev/shm")
+# Starting OpenBLAS's threads, which nothing here needs, is a third of what a process with numpy
+# takes to start, and the tests start hundreds.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+# Trainers' tests load frameworks whose fork handlers end a child that has no descriptor left, which
+# is what the store's tests make. Who waits for what runs beside the others does so behind them.
+FIRST, LAST = ("store",), ("replay", "bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What fails in seconds runs before the engines start, and the store's own before trainers'.
+    """What fails in seconds runs before the engines start."""
+    folders = [*FIRST, "", *LAST]
 
-    These load frameworks whose fork handlers end a child that has no descriptor left, which is
-    what the store's tests make.
-    """
-    items.sort(key=lambda item: (_has_engine(item), item.path.parent.name == "replay"))
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        folder = item.path.parent.name
+        return _has_engine(item), folders.index(folder if folder in folders else "")
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
@@ -38,38 +44,26 @@ def _has_engine(item: pytest.Item) -> bool:
     return item.get_closest_marker("engine") is not None
 
 
-class Bench(subprocess.Popen[str]):
-    """A script of ``bench`` with these arguments; it calls its arenas ``arena`` and its pid."""
+@pytest.fixture(scope="session", autouse=True)
+def beside(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Beside]:
+    """What runs beside the tests."""
+    starts = asked_for(request.session.items)
+    running = Beside(starts, lambda: tmp_path_factory.mktemp("beside"))
+    yield running
+    running.end()
 
-    def __init__(self, script: str, arena: str, *arguments: str) -> None:
-        super().__init__(
-            [sys.executable, str(ROOT / "bench" / script), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
-            start_new_session=True,
-        )
-        self._arena = f"{arena}{self.pid}"
 
-    def files(self) -> list[Path]:
-        """What its arenas have in shared memory."""
-        return list(SHM.glob(f"shmroute-*-{self._arena}-*"))
+@pytest.fixture(autouse=True)
+def beside_goes_on(beside: Beside) -> None:
+    beside.go_on()
 
-    def children(self) -> list[int]:
-        """Process ids of what it started itself."""
-        said = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(child) for child in said.split()]
 
-    def end(self) -> None:
-        """Leave nothing of it."""
-        if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL)  # its children end with it
-            self.wait()
-        assert self.stdout is not None
-        self.stdout.close()
-        for path in self.files():
-            path.unlink()
+@pytest.fixture
+def nothing_beside(beside: Beside) -> None:
+    """For what looks at all that there is in shared memory."""
+    beside.all_done()
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import pytest
+from benches import ShortRun
 from engine_process import shared_memory_files
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def short(short_run):
+def short(valid_rows, tmp_path_factory):
     """The result of a short run, by name, and what it left in shared memory."""
     before = set(shared_memory_files())
-    rows = short_run("memory_overhead.py", "bench-memory-", "native", "arena")["rows"]
+    folder = tmp_path_factory.mktemp("short")
+    run = ShortRun(folder, "memory_overhead.py", "bench-memory-", "native", "arena")
+    try:
+        rows = valid_rows(run)
+    finally:
+        run.end()
     left = {name for name in set(shared_memory_files()) - before if "bench-memory-" in name}
     return {row["name"]: row["value"] for row in rows}, left
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+from benches import ShortRun
 from engine_process import shared_memory_files
 from scaling import flat_up_to
 
@@ -19,10 +20,17 @@ FLAT_COSTS = {
 }
 
 
+def start_short(folder):
+    return ShortRun(folder, "scaling.py", "bench-scaling")
+
+
+BESIDE = {"short": start_short}
+
+
 @pytest.fixture(scope="module")
-def short(short_run):
+def short(beside, valid_rows):
     """The rows of a short run."""
-    return short_run("scaling.py", "bench-scaling")["rows"]
+    return valid_rows(beside.done(start_short))
 
 
 @pytest.mark.parametrize(("cost", "unit"), FLAT_COSTS.items())
@@ -41,6 +49,7 @@ def test_a_cost_is_flat_up_to_the_size_before_it_first_rises_by_a_quarter():
     assert flat_up_to({1: 100.0, 10: 50.0}) == 10
 
 
+@pytest.mark.usefixtures("nothing_beside")
 def test_interrupted_it_leaves_no_arena(start_bench):
     before = set(shared_memory_files())
     process = start_bench("scaling.py", "bench-scaling")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transport_mooncake
+from benches import ShortRun
 from engine_process import shared_memory_files
 from memory_watch import MemoryWatch
 
@@ -31,11 +32,17 @@ WAYS = (
 )
 
 
+def start_short(folder):
+    return ShortRun(folder, "transports.py", "bench-store")
+
+
+BESIDE = {"short": start_short}
+
+
 @pytest.fixture(scope="module")
-def short(short_run):
+def short(beside, valid_rows):
     """By name, the figures of a short run, whose result file is complete."""
-    rows = short_run("transports.py", "bench-store")["rows"]
-    return {row["name"]: row["value"] for row in rows}
+    return {row["name"]: row["value"] for row in valid_rows(beside.done(start_short))}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -58,6 +65,7 @@ def test_a_killed_reader_costs_the_arena_nothing(short):
     assert short[f"{killed}: left in shared memory"] == 0
 
 
+@pytest.mark.usefixtures("nothing_beside")
 def test_interrupted_it_leaves_neither_processes_nor_files(start_bench):
     before = set(shared_memory_files())
     process = start_bench("transports.py", "bench-store", "--quick")

@@ -6,11 +6,9 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from children import Child
 
 import shmroute
 from shmroute.segments import SHM_DIR
@@ -82,26 +80,3 @@ def sglang() -> Iterator[SimpleNamespace]:
             resolving_view=resolving_view,
             set_global_experts_capturer=set_global_experts_capturer,
         )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def children_from_the_start(request: pytest.FixtureRequest) -> None:
-    """They take their time beside the other tests, where any test asks for them."""
-    if any("children" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("children")
-
-
-@pytest.fixture(scope="session")
-def children() -> Iterator[dict[str, Child]]:
-    """The child processes that look at SGLang from outside, by name."""
-    here = Path(__file__).parent
-    started = {
-        "wrong_sglang": Child([str(here / "wrong_sglang.py")], {"SGLANG_PLATFORM": "shmroute_cpu"}),
-        "without_arena": Child([str(here / "without_arena.py")]),
-        "help": Child(
-            ["-m", "sglang.launch_server", "--help"], {"SGLANG_PLATFORM": "shmroute_cpu"}
-        ),
-    }
-    yield started
-    for child in started.values():
-        child.end()

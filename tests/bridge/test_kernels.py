@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from beside import Beside
+from children import Child
 
 CASES = Path(__file__).with_name("kernel_cases.py")
 
 
-def test_the_kernels_do_what_torch_does_in_every_case() -> None:
+def start_cases(folder: Path) -> Child:
     """In a child, because Triton decides at its import whether it interprets."""
+    options = ("-q", "-p", "no:cacheprovider", "--noconftest")
+    return Child(folder, "-m", "pytest", *options, str(CASES), TRITON_INTERPRET="1")
+
+
+BESIDE = {"interpreted": start_cases}
+
+
+@pytest.fixture
+def interpreted(beside: Beside) -> str:
+    """What pytest said of the cases, which all passed."""
     pytest.importorskip("triton", reason="this torch came without Triton")
-    options = ["-q", "-p", "no:cacheprovider", "--noconftest"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(CASES)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    return beside.done(start_cases).output()
+
+
+def test_the_kernels_do_what_torch_does_in_every_case(interpreted: str) -> None:
+    assert " passed" in interpreted

@@ -6,22 +6,38 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import shmroute_cpu_platform
-from children import Child
+from beside import Beside
+from children import ON_CPU, Child
 
 from sglang_bridge.errors import StartRefused
 from shmroute import segments
 
 
+def start_without_arena(folder: Path) -> Child:
+    return Child(folder, str(Path(__file__).with_name("without_arena.py")))
+
+
+def start_help(folder: Path) -> Child:
+    return Child(folder, "-m", "sglang.launch_server", "--help", **ON_CPU)
+
+
+BESIDE = {"seen": start_without_arena, "help_text": start_help}
+
+
 @pytest.fixture(scope="module")
-def seen(children: dict[str, Child]) -> list[dict[str, Any]]:
-    done = children["without_arena"].done()
-    assert done.status == 0, done.errors
-    return json.loads(done.output.splitlines()[-1])
+def seen(beside: Beside) -> list[dict[str, Any]]:
+    return json.loads(beside.done(start_without_arena).output().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def help_text(beside: Beside) -> str:
+    return beside.done(start_help).output()
 
 
 def test_without_an_arena_no_hook_is_registered_in_launcher_and_children(
@@ -52,14 +68,12 @@ def test_the_cpu_platform_offers_itself_only_by_its_name(
     assert shmroute_cpu_platform.activate() is not None
 
 
-def test_help_shows_the_flags(children: dict[str, Child]) -> None:
-    done = children["help"].done()
-    assert done.status == 0, done.errors
+def test_help_shows_the_flags(help_text: str) -> None:
     for flag in (
         "arena", "capacity", "slots", "table", "on-full", "retention", "keep-versions",
         "checksum", "shadow",
     ):  # fmt: skip
-        assert f"\n  --shmroute-{flag} " in done.output
+        assert f"\n  --shmroute-{flag} " in help_text
 
 
 # -- sglang_bridge.Engine ------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from children import Child
+from beside import Beside
+from children import ON_CPU, Child
 
 from sglang_bridge import sites
 
@@ -19,12 +21,17 @@ def short(target: str) -> str:
     return ".".join(target.split(".")[-2:])
 
 
+def start_wrong_sglang(folder: Path) -> Child:
+    return Child(folder, str(Path(__file__).with_name("wrong_sglang.py")), **ON_CPU)
+
+
+BESIDE = {"found": start_wrong_sglang}
+
+
 @pytest.fixture(scope="module")
-def found(children: dict[str, Child]) -> dict[str, str | None]:
+def found(beside: Beside) -> dict[str, str | None]:
     """What the start check said about each change to a real SGLang."""
-    done = children["wrong_sglang"].done()
-    assert done.status == 0, done.errors
-    return json.loads(done.output.splitlines()[-1])
+    return json.loads(beside.done(start_wrong_sglang).output().splitlines()[-1])
 
 
 def test_this_sglang_is_known(found: dict[str, str | None]) -> None:

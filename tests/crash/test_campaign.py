@@ -5,16 +5,16 @@ The long form is ``bench/crash_campaign.py``; its results are in ``bench/results
 
 from __future__ import annotations
 
-import json
-import subprocess
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from benches import ShortRun
+from beside import Beside
 from crash_audit import KINDS
 from crash_points import POINTS
 
-# It takes 12 s on an idle machine; what takes so much longer hangs, or has become slow.
+# It takes 12 s on an idle machine; what takes so much longer hangs.
 LIMIT_SECONDS = 60.0
 
 # -- kill points -------------------------------------------------------------------------------
@@ -40,31 +40,32 @@ def test_the_reader_dies_in_every_operation(operation):
 # -- the campaign ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def campaign(
-    start_bench: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Any]:
-    """Run the campaign with these arguments; its output and, by name, its figures."""
-    folder = tmp_path_factory.mktemp("crash")
+def start(folder: Path, *arguments: str) -> ShortRun:
+    return ShortRun(folder, "crash_campaign.py", "crash", *arguments)
 
-    def run(*arguments: str) -> tuple[str, dict[str, Any]]:
-        result = folder / f"{len(list(folder.iterdir()))}.json"
-        process = start_bench("crash_campaign.py", "crash", *arguments, "--json", str(result))
-        try:
-            said, _ = process.communicate(timeout=LIMIT_SECONDS)
-        except subprocess.TimeoutExpired as expired:
-            so_far = (expired.output or b"").decode(errors="replace")
-            pytest.fail(f"not done after {LIMIT_SECONDS:.0f} s, and said {so_far}")
-        assert process.returncode == 0, said
-        rows = json.loads(result.read_text())["rows"]
-        return said, {row["name"]: row["value"] for row in rows}
 
-    return run
+def start_one_point(folder: Path) -> ShortRun:
+    return start(folder, "--seed", "7", "--point", "seal 3", "--kills", "1", "--reads", "1")
+
+
+BESIDE = {"short": start, "one_point": start_one_point}
+
+
+def figures_of(run: ShortRun) -> dict[str, Any]:
+    return {row["name"]: row["value"] for row in run.result()["rows"]}
 
 
 @pytest.fixture(scope="module")
-def short(campaign: Callable[..., Any]) -> Any:
-    return campaign("--quick")
+def short(beside: Beside) -> tuple[str, dict[str, Any]]:
+    """Output of the short form and, by name, its figures."""
+    run = beside.done(start, LIMIT_SECONDS)
+    return run.said, figures_of(run)
+
+
+@pytest.fixture(scope="module")
+def one_point(beside: Beside) -> dict[str, Any]:
+    """Figures of a campaign at one kill point."""
+    return figures_of(beside.done(start_one_point, LIMIT_SECONDS))
 
 
 def test_every_kill_point_is_hit(short):
@@ -94,11 +95,9 @@ def test_the_seed_is_told(short):
     assert f"seed {figures['seed']}" in said
 
 
-def test_one_kill_point_can_be_hit_alone(campaign):
-    limits = ("--kills", "1", "--reads", "1")
-    _said, figures = campaign("--quick", "--seed", "7", "--point", "seal 3", *limits)
-    assert figures["seed"] == 7
-    points = {name for name in figures if name.startswith("kills: ")}
+def test_one_kill_point_can_be_hit_alone(one_point):
+    assert one_point["seed"] == 7
+    points = {name for name in one_point if name.startswith("kills: ")}
     assert {name for name in points if "from outside" not in name} == {
         "kills: writer, seal 3 even word, before store_word",
         "kills: writer, seal 3 even word, after store_word",

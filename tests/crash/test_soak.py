@@ -5,7 +5,6 @@ The long form is ``bench/soak.py``; its result is in ``bench/results``.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from functools import partial
@@ -13,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import soak
+from benches import ShortRun
 from soak_samples import Samples, theil_sen
 
 
@@ -22,15 +22,20 @@ def start(start_bench):
     return partial(start_bench, "soak.py", "soak", "--quick")
 
 
+def start_short(folder):
+    return ShortRun(folder, "soak.py", "soak", "--seconds", "10", "--seed", "5")
+
+
+BESIDE = {"short": start_short}
+
+
 @pytest.fixture(scope="module")
-def short(start, tmp_path_factory):
+def short(beside):
     """Output and, by name, rows of a run of ten seconds."""
-    result = tmp_path_factory.mktemp("soak") / "soak.json"
-    process = start("--seconds", "10", "--seed", "5", "--json", str(result))
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    assert process.files() == []
-    return said, {row["name"]: row for row in json.loads(result.read_text())["rows"]}
+    run = beside.done(start_short)
+    rows = {row["name"]: row for row in run.result()["rows"]}
+    assert run.files() == []
+    return run.said, rows
 
 
 def test_nothing_drifts_and_nothing_is_wrong(short):

@@ -18,7 +18,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-ANSWER = "ANSWER "
+ANSWER, READY = "ANSWER ", "READY\n"
 STARTS_WITHIN = 180.0  # imports of verl and Megatron, with other tests beside
 
 
@@ -37,6 +37,17 @@ class PeerProcess:
                 env=dict(os.environ, PYTHONPATH=":".join(map(str, paths)), RAY_DEDUP_LOGS="0"),
             )
         self._heard = b""
+        self._is_done = False
+
+    @property
+    def said(self) -> str:
+        return self._errors.read_text()[-3000:]
+
+    def is_done(self) -> bool:
+        """Whether it is ready to be asked, or has ended."""
+        if not self._is_done and select.select([self._process.stdout], [], [], 0)[0]:
+            self._is_done = self._hear() == b"" or READY.encode() in self._heard
+        return self._is_done
 
     def ask(self, case: str, **facts: Any) -> Any:
         """Call a function there; what it returns, or an ``AssertionError`` with its traceback."""
@@ -61,19 +72,25 @@ class PeerProcess:
             if line.startswith(ANSWER):
                 return json.loads(line[len(ANSWER) :])
 
+    def _hear(self) -> bytes:
+        assert self._process.stdout is not None
+        piece = os.read(self._process.stdout.fileno(), 1 << 16)
+        self._heard += piece
+        return piece
+
     def _line(self) -> str:
         assert self._process.stdout is not None
         while b"\n" not in self._heard:
             ready, _, _ = select.select([self._process.stdout], [], [], STARTS_WITHIN)
-            piece = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
-            assert piece, f"the process said nothing more: {self._errors.read_text()[-3000:]}"
-            self._heard += piece
+            assert ready, f"the process said nothing more: {self.said}"
+            assert self._hear(), f"the process has ended: {self.said}"
         line, self._heard = self._heard.split(b"\n", 1)
         return line.decode()
 
 
 def serve(cases: Mapping[str, Any]) -> None:
     """The other side: run what is asked for until the test ends."""
+    print("\n" + READY, end="", flush=True)
     for line in sys.stdin:
         case, facts = json.loads(line)
         try:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from beside import Beside
 from peer_process import ROOT, PeerProcess
 from rollouts import NUM_LAYERS, TOP_K, rollout
 
 PYTHON = ROOT / ".venv/miles/bin/python"
 
 
+def start_miles(folder: Path) -> PeerProcess:
+    return PeerProcess(PYTHON, "miles_cases.py", folder / "errors")
+
+
+BESIDE = {"miles": start_miles}
+
+
 @pytest.fixture(scope="module")
-def miles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerProcess]:
-    errors = tmp_path_factory.mktemp("miles") / "errors"
-    process = PeerProcess(PYTHON, "miles_cases.py", errors)
-    yield process
-    process.end()
+def miles(beside: Beside) -> PeerProcess:
+    return beside.done(start_miles)
 
 
 @pytest.mark.parametrize("ends", [[20], [8, 9, 20], [400]], ids=str)

@@ -8,20 +8,24 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from beside import Beside
 from peer_process import ROOT, PeerProcess
 from rollouts import TOP_K, rollout
 
 
+def start_verl(folder: Path) -> PeerProcess:
+    return PeerProcess(Path(sys.executable), "verl_cases.py", folder / "errors")
+
+
+BESIDE = {"verl": start_verl}
+
+
 @pytest.fixture(scope="module")
-def verl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerProcess]:
-    errors = tmp_path_factory.mktemp("verl") / "errors"
-    process = PeerProcess(Path(sys.executable), "verl_cases.py", errors)
-    yield process
-    process.end()
+def verl(beside: Beside) -> PeerProcess:
+    return beside.done(start_verl)
 
 
 @pytest.mark.parametrize("tokens", [4, 27])

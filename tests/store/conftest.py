@@ -96,7 +96,7 @@ class Actor:
 
     def __init__(self, command: list[str], errors: Path) -> None:
         self._errors = errors
-        environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{HERE}", PYTHONDONTWRITEBYTECODE="1")
+        environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{HERE}")
         with errors.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command,
