@@ -15,11 +15,11 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from actors import LAYOUT
-from forked import ForkServer
+from forked import ForkServer, Program, state_of
 
 from shmroute import Arena, reaper, segments
 
@@ -94,18 +94,9 @@ def arena(make_arena: Callable[..., Arena]) -> Arena:
 class Actor:
     """A process that runs a piece of Python beside the test."""
 
-    def __init__(self, command: list[str], errors: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes] | Program, errors: Path) -> None:
+        self.process = process
         self._errors = errors
-        environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{HERE}")
-        with errors.open("wb") as stderr:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environment,
-                start_new_session=True,
-            )
         self._killed = False
         self._heard = b""
 
@@ -144,7 +135,7 @@ class Actor:
     def stopped(self) -> None:
         """Wait until it has come to where it stops itself, or was stopped."""
         until = time.monotonic() + 60
-        while Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        while state_of(self.pid) != "T":
             assert time.monotonic() < until, f"the actor did not stop: {self.errors()}"
             time.sleep(1e-3)
 
@@ -183,8 +174,28 @@ class Actor:
             return
 
 
+def interpreter(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process for an actor, as it is where it cannot be forked."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=dict(os.environ, PYTHONPATH=f"{ROOT}:{HERE}"),
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def actors_server() -> Iterator[ForkServer]:
+    """Forks the actors, whose tests would take a minute more if each were a new interpreter."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def actor(name: str, tmp_path: Path) -> Iterator[Callable[..., Actor]]:
+def actor(name: str, tmp_path: Path, actors_server: ForkServer) -> Iterator[Callable[..., Actor]]:
     """Start an actor: ``actor(code, NAME=..., prefix=[...], python=...)``.
 
     The code runs after ``from actors import *``; keyword arguments are its globals.
@@ -206,7 +217,12 @@ def actor(name: str, tmp_path: Path) -> Iterator[Callable[..., Actor]]:
             )
         )
         errors = tmp_path / f"errors-of-actor-{len(started)}"
-        started.append(Actor([*prefix, python, "-W", "error", "-c", text], errors))
+        with errors.open("wb") as stderr:
+            if prefix or python != sys.executable:
+                process = interpreter([*prefix, python, "-W", "error", "-c", text], stderr)
+            else:
+                process = actors_server.run(text, stderr)
+        started.append(Actor(process, errors))
         return started[-1]
 
     yield start
