@@ -6,12 +6,22 @@ import secrets
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from rollouts import LAYOUT, WIDE
 
 import shmroute
 from shmroute import Arena, RouteLayout
 
 MakeArena = Callable[..., Arena]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As torchrun has it; on a busy machine two wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[LAYOUT, WIDE], ids=["128 experts", "512 experts"])
