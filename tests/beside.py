@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import pytest
 
+MOST_SECONDS = 600.0
 _PAUSE = 0.02
 
 
@@ -67,22 +68,25 @@ class Beside:
             self._began = time.monotonic()
         return self._running is not None
 
-    def done(self, start: Start, seconds: float = 600.0) -> Any:
+    def done(self, start: Start, seconds: float = MOST_SECONDS) -> Any:
         """What ``start`` has started, when it has done its work, for which it has so long."""
         while start not in self._started:
-            self.go_on()
-            time.sleep(_PAUSE)
-        process = self._started[start]
-        until = self._began + seconds
-        while not process.is_done():
-            assert time.monotonic() < until, f"not done after {seconds:.0f} s: {process.said}"
-            time.sleep(_PAUSE)
-        return process
+            assert self.go_on(), f"{start.__qualname__} is in no BESIDE by a fixture that is used"
+            self._wait(MOST_SECONDS)
+        while not self._started[start].is_done():
+            self._wait(seconds)
+        return self._started[start]
 
     def all_done(self) -> None:
         """Wait until nothing runs."""
         while self.go_on():
-            time.sleep(_PAUSE)
+            self._wait(MOST_SECONDS)
+
+    def _wait(self, seconds: float) -> None:
+        running = self._running
+        if running is not None and time.monotonic() > self._began + seconds:
+            pytest.fail(f"not done after {seconds:.0f} s, and said {running.said}")
+        time.sleep(_PAUSE)
 
     def end(self) -> None:
         for process in self._started.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,8 +24,10 @@ BESIDE = {"miles": start_miles}
 
 
 @pytest.fixture(scope="module")
-def miles(beside: Beside) -> PeerProcess:
-    return beside.done(start_miles)
+def miles(beside: Beside) -> Iterator[PeerProcess]:
+    process = beside.done(start_miles)
+    yield process
+    process.end()
 
 
 @pytest.mark.parametrize("ends", [[20], [8, 9, 20], [400]], ids=str)

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ BESIDE = {"verl": start_verl}
 
 
 @pytest.fixture(scope="module")
-def verl(beside: Beside) -> PeerProcess:
-    return beside.done(start_verl)
+def verl(beside: Beside) -> Iterator[PeerProcess]:
+    process = beside.done(start_verl)
+    yield process
+    process.end()
 
 
 @pytest.mark.parametrize("tokens", [4, 27])
