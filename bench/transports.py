@@ -85,17 +85,23 @@ PACKAGES = (
 MS, MIB = 1e3, 1 / (1 << 20)
 HOLD_SECONDS = 0.05
 LAPS_AFTER_KILL = 8
-SETTLE_SECONDS = 3.0
-AFTER_KILL_SECONDS = 0.5  # trackers and servers notice a death
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Rounds for each size of record in MB, and the numbers of readers."""
+    """Rounds for each size of record in MB, and the numbers of readers.
+
+    Attributes
+    ----------
+    after_kill, settle
+        Seconds in which trackers and servers notice a death, and in which what goes by itself goes.
+    """
 
     rounds: dict[int, int]
     readers: tuple[int, ...]
     killed_at: int
+    after_kill: float
+    settle: float
 
     def tokens(self, megabytes: int) -> int:
         return megabytes * 1_000_000 // ROUTES.row_bytes
@@ -105,8 +111,8 @@ class Size:
         return self.tokens(max(self.rounds))
 
 
-FULL = Size({1: 40, 12: 12, 60: 5}, (1, 2, 4, 8), 12)
-QUICK = Size({1: 4}, (1, 2), 1)
+FULL = Size({1: 40, 12: 12, 60: 5}, (1, 2, 4, 8), 12, after_kill=0.5, settle=3.0)
+QUICK = Size({1: 4}, (1, 2), 1, after_kill=0.2, settle=0.3)
 
 
 @dataclass(slots=True)
@@ -266,13 +272,13 @@ class Bench:
             locators = way.publish(self._records.next(tokens), 2)
             readers.read(way.name, locators)
             readers.kill_first()
-            time.sleep(AFTER_KILL_SECONDS)
+            time.sleep(self._size.after_kill)
             again = self._opens_again(way, readers, locators[1])
             laps = Laps()
             for _ in range(LAPS_AFTER_KILL):
                 self._lap(way, self._records.next(tokens), 1, laps, readers)
             way.drain()
-            left = _left(way, empty)
+            left = _left(way, empty, self._size.settle)
         what = f"a reader of two killed: {way.name}"
         self._add(f"{what}: the other can open the record once more", again, "")
         self._add(f"{what}: later records read", len(laps.through), "")
@@ -302,9 +308,9 @@ class Bench:
         self.rows.append(Row(name, _rounded(value), unit))
 
 
-def _left(way: Way[Any], empty: int) -> int:
+def _left(way: Way[Any], empty: int, settle: float) -> int:
     """Bytes more than when it was empty, once those that go by themselves have had their time."""
-    until = time.monotonic() + SETTLE_SECONDS
+    until = time.monotonic() + settle
     while (left := way.shared_bytes() - empty) > 0 and time.monotonic() < until:
         time.sleep(HOLD_SECONDS)
     return left
