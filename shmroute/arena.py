@@ -18,7 +18,8 @@ Races, and where they are closed
     - The creator dies anywhere before step 7: the temporary file has no life lock, so
       the reaper removes it with everything that belongs to it.
     - An exception of a signal's handler interrupts the creation: what was taken by then is in a
-      ``_Claim``, by name, and none of it is left.
+      ``_Claim``, by name, and no file of it is left; a descriptor at worst, which the call that
+      made it was about to return.
     - The writer forks: the child closes its copies and can never write or outlive it.
 """
 
@@ -157,7 +158,9 @@ class Arena:
         try:
             with named(f"arena {name} cannot be made"):
                 memory = _make(claim, name, routes, size, retention, group)
-                population = claim.population = Population(memory.data, f"arena {name}")
+                population = claim.population = Population(
+                    memory.data, f"arena {memory.segment.base}"
+                )
                 if not in_background:
                     population.run()
                 _publish(memory)
@@ -270,9 +273,12 @@ class _Claim:
         self.segment: SegmentName | None = None
         self.life_fd = -1
         self.population: Population | None = None
+        self._pid = os.getpid()
 
     def give_up(self) -> None:
-        """Leave nothing of it."""
+        """Leave nothing of it; in a fork it is the parent's."""
+        if os.getpid() != self._pid:
+            return
         if self.population is not None:
             self.population.stop()
         if self.segment is None:
@@ -325,8 +331,10 @@ def _claim_name(claim: _Claim, name: str, mode: int, group: int | None) -> Segme
         _life_fds.add(fd)
         if lock_range(fd, fcntl.F_WRLCK, 0, 1) and segments.same_inode(fd, segment.data):
             return segment
-        claim.life_fd = -1
-        _close_life(fd)  # the reaper was faster than the lock and has removed the file
+        try:  # the reaper was faster than the lock and has removed the file
+            _close_life(fd)
+        finally:
+            claim.life_fd = -1
 
 
 def _describe(

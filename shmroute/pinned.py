@@ -24,9 +24,8 @@ Races, and where they are closed
     - the interpreter ends while the driver is locking: a daemon thread that wants the GIL back
       then is ended inside C++, which aborts the process; so the end waits for it, and after that
       none begins.
-    - an exception of a signal's handler in ``start``: it is NEW again, and a thread that was made
-      all the same finds that. In ``run``, most likely as the driver's call returns: what that
-      may have granted is taken back.
+    - an exception of a signal's handler in ``start`` or ``run``: it is NEW again, a thread that was
+      made all the same finds that, and what the driver may have granted is taken back.
 """
 
 from __future__ import annotations
@@ -105,24 +104,25 @@ class PageLock:
         self._guard = threading.RLock()
         self._settled = threading.Event()
         self._locking_thread: int | None = None
-        self._asked = False  # the driver
+        self._asked = False  # the driver, which has not refused
 
     def start(self) -> None:
         """Begin in a thread of its own and return at once; again does nothing."""
-        if self._begin():
-            thread = threading.Thread(target=self._settle, name="shmroute-page-lock", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError as error:  # the limit of threads
-                self._finish(f"no thread for it: {error}")
-            except BaseException:
-                self._take_back()
-                raise
+        try:
+            if self._begin():
+                self._start_thread()
+        except BaseException:
+            self._take_back()
+            raise
 
     def run(self) -> bool:
         """The same on the calling thread; True when the range is locked now."""
-        if self._begin():
-            self._settle()
+        try:
+            if self._begin():
+                self._settle()
+        except BaseException:
+            self._take_back()
+            raise
         return self.wait()
 
     @property
@@ -154,9 +154,10 @@ class PageLock:
 
     def _close_what_is_settled(self) -> bool:
         with self._guard:
-            if self._state is _State.LOCKING:
+            if self._state is _State.LOCKING and self._locking_thread is not None:
                 return False
             before, self._state = self._state, _State.CLOSED
+            _under_way.discard(self)
             if before is _State.LOCKED:
                 self._unregister()
         self._settled.set()
@@ -173,8 +174,8 @@ class PageLock:
                 initialised = torch.cuda.is_initialized()
                 self._device = torch.cuda.current_device() if initialised else 0
             self._pid = os.getpid()
-            self._state = _State.LOCKING
             self._settled.clear()
+            self._state = _State.LOCKING
             _under_way.add(self)
             if not _ending:
                 return True
@@ -184,28 +185,37 @@ class PageLock:
             self._settled.set()
             return False
 
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._settle, name="shmroute-page-lock", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the limit of threads
+            if thread.is_alive():
+                raise
+            self._finish(f"no thread for it: {error}")
+
     def _take_back(self) -> None:
-        """Be NEW again, unless a thread is at it."""
+        """Be NEW again, without what may have been granted, unless another thread is at it."""
         with self._guard:
-            if self._state is _State.LOCKING and self._locking_thread is None:
-                self._state = _State.NEW
-                _under_way.discard(self)
-                self._settled.set()
+            at_it = self._locking_thread
+            if self._state is not _State.LOCKING or at_it not in (None, threading.get_ident()):
+                return
+            if self._asked:
+                self._unregister()
+            self._asked, self._locking_thread = False, None
+            self._state = _State.NEW
+            _under_way.discard(self)
+            self._settled.set()
 
     def _settle(self) -> None:
         with self._guard:
             if self._state is not _State.LOCKING or self._locking_thread is not None:
-                return  # ``_take_back``
+                return  # taken back, closed, or another's
             self._locking_thread = threading.get_ident()
         try:
             refused = self._register()
         except Exception as error:  # no driver, no device, a fork: torch has many types for it
             refused = f"{type(error).__name__}: {error}"
-        except BaseException as error:
-            self._finish(f"interrupted: {type(error).__name__}")
-            if self._asked:
-                self._unregister()
-            raise
         self._finish(refused)
 
     def _finish(self, refused: str | None) -> None:
@@ -234,6 +244,7 @@ class PageLock:
                 code = runtime.cudaHostRegister(self._address, self._size, flags)
                 if code == runtime.cudaError.success:
                     return None
+                self._asked = False
                 clear_error()
                 said.append(f"cudaHostRegister with flags {flags:#x}: {_name(code)}")
                 if int(code) == _ALREADY_REGISTERED:

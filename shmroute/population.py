@@ -37,6 +37,7 @@ import logging
 import mmap
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -121,10 +122,10 @@ class Population:
     # -- populating ------------------------------------------------------------------------
 
     def _populate(self) -> None:
-        _under_way.add(self)
-        if _ending:  # which may have looked for what is under way before that
-            self._stopped = True
         try:
+            _under_way.add(self)
+            if _ending:  # which may have looked for what is under way before that
+                self._stopped = True
             for first in range(0, self._bytes.nbytes, _PIECE_BYTES):
                 self._enter(first, min(first + _PIECE_BYTES, self._bytes.nbytes))
         except OSError as error:
@@ -179,7 +180,8 @@ def _madvise() -> Any:
     return function
 
 
-_under_way: set[Population] = set()
+# Weakly: who is interrupted in ``run`` leaves no memory behind.
+_under_way: weakref.WeakSet[Population] = weakref.WeakSet()
 _ending = False
 
 

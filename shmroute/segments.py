@@ -131,7 +131,7 @@ def create_object(name: str, mode: int, group: int | None) -> int:
     except BaseException:
         if shared is not None:
             shared.close_fd()
-            posix_ipc.unlink_shared_memory("/" + name)
+            unlink_if_present(name)
         raise
 
 

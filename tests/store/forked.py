@@ -74,6 +74,7 @@ class ForkServer:
 
     def run(self, text: str, errors: IO[bytes]) -> Program:
         """A new process that runs this text."""
+        assert len(text.encode()) < _MOST_BYTES, "the rest of it would be cut off"
         stdin, stdout = os.pipe(), os.pipe()
         theirs = [stdin[0], stdout[1]]
         socket.send_fds(self._socket, [text.encode()], [*theirs, errors.fileno()])

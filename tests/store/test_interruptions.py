@@ -18,7 +18,7 @@ from actors import LAYOUT, add
 from forked import in_child
 
 import shmroute
-from shmroute import Arena, RouteGone, RouteNotFound, ShmRouteReader, attached
+from shmroute import Arena, RouteGone, RouteNotFound, ShmRouteReader, attached, population
 from shmroute.arena import _close_life, _life_fds
 
 # Opens a record again and again while a signal handler raises at random moments of it.
@@ -96,7 +96,7 @@ def test_a_creation_leaves_nothing_wherever_it_is_interrupted(name, files, in_ba
     descriptors, lives = len(os.listdir("/proc/self/fd")), set(_life_fds)
     while True:
         try:
-            with interrupted_at(lines, shmroute.arena, shmroute.segments):
+            with interrupted_at(lines, shmroute.arena, shmroute.segments, population):
                 made = Arena.create(
                     name, LAYOUT, capacity="2MiB", slots=16, in_background=in_background
                 )
@@ -107,6 +107,7 @@ def test_a_creation_leaves_nothing_wherever_it_is_interrupted(name, files, in_ba
         gc.collect()
         assert files() == [], lines
         assert _life_fds == lives
+        assert not population._under_way
         assert len(os.listdir("/proc/self/fd")) <= descriptors
         lines += 1
     made.close()

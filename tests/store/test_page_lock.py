@@ -134,26 +134,46 @@ def test_interrupted_while_it_locks_it_takes_back_what_it_may_have_got(lock, mon
     monkeypatch.setattr(lock, "_unregister", lambda: taken_back.append(True))
     with pytest.raises(KeyboardInterrupt):
         lock.run()
-    assert lock.refused == "interrupted: KeyboardInterrupt"
+    assert lock.refused is None
     assert taken_back == [True] * asked
     lock.close()
     assert taken_back == [True] * asked
     assert lock not in pinned._under_way
 
 
-def test_closing_waits_for_one_that_was_taken_back_and_begun_again(lock, monkeypatch):
-    assert lock._begin()
+def test_interrupted_before_it_asks_closing_waits_for_nobody(lock, monkeypatch):
+    def interrupted(*_how, **_more):
+        raise KeyboardInterrupt
+
+    for where, what in ((pinned.threading, "Thread"), (lock, "_settle")):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, what, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                lock.start() if what == "Thread" else lock.run()
+        assert lock not in pinned._under_way
+        assert not lock.wait(0)
+    assert lock._begin()  # and nobody comes any more
+    lock.close()
+    assert lock not in pinned._under_way
+
+
+def test_closing_waits_for_the_thread_that_is_at_it(lock, monkeypatch):
+    asked, go_on, given_back = threading.Event(), threading.Event(), []
+
+    def register():
+        asked.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(lock, "_register", register)
+    monkeypatch.setattr(lock, "_unregister", lambda: given_back.append(True))
+    lock.start()
+    assert asked.wait(30)
+    lock._take_back()  # as by a second start that is interrupted
     closing = threading.Thread(target=lock.close)
     closing.start()
-    with lock._guard:  # nobody comes between
-        lock._take_back()
-        assert lock._begin()
     closing.join(0.2)
     assert closing.is_alive()
-    monkeypatch.setattr(lock, "_register", lambda: None)
-    given_back = []
-    monkeypatch.setattr(lock, "_unregister", lambda: given_back.append(True))
-    lock._settle()
+    go_on.set()
     closing.join(30)
     assert not closing.is_alive()
     assert given_back == [True]

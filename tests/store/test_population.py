@@ -171,7 +171,7 @@ def test_interrupted_before_there_is_a_thread_it_is_not_waited_for(fresh, monkey
         patched.setattr(threading.Thread, "start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             fresh.pages.start()
-    assert fresh.pages not in population._under_way  # which would keep the memory for ever
+    assert fresh.pages not in population._under_way
     fresh.pages.stop()
     assert fresh.pages.wait(0)
 
