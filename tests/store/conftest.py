@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,6 +186,28 @@ def interpreter(command: list[str], errors: IO[bytes]) -> subprocess.Popen[bytes
         env=dict(os.environ, PYTHONPATH=f"{ROOT}:{HERE}"),
         start_new_session=True,
     )
+
+
+@pytest.fixture
+def interrupted_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[], contextlib.AbstractContextManager[list[threading.Thread]]]:
+    """Within it the start of a thread raises, as a signal's handler may; gives those threads."""
+
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[list[threading.Thread]]:
+        threads: list[threading.Thread] = []
+
+        def start(thread: threading.Thread) -> None:
+            threads.append(thread)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", start)
+            with pytest.raises(KeyboardInterrupt):
+                yield threads
+
+    return interrupted
 
 
 @pytest.fixture(scope="session")

@@ -89,14 +89,9 @@ def test_none_is_begun_when_the_interpreter_ends(lock, caplog, monkeypatch):
     assert not warnings_of(caplog)
 
 
-def test_interrupted_before_there_is_a_thread_it_can_begin_again(lock, monkeypatch):
-    def interrupt(_thread):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            lock.start()
+def test_interrupted_before_there_is_a_thread_it_can_begin_again(lock, interrupted_start):
+    with interrupted_start():
+        lock.start()
     assert lock not in pinned._under_way
     assert not lock.wait(0)
     assert lock.refused is None
@@ -105,17 +100,9 @@ def test_interrupted_before_there_is_a_thread_it_can_begin_again(lock, monkeypat
     assert lock.refused
 
 
-def test_a_thread_whose_start_was_interrupted_locks_nothing(lock, monkeypatch):
-    late = []
-
-    def interrupt(thread):
-        late.append(thread)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            lock.start()
+def test_a_thread_whose_start_was_interrupted_locks_nothing(lock, interrupted_start, monkeypatch):
+    with interrupted_start() as late:
+        lock.start()
     monkeypatch.setattr(lock, "_register", lambda: pytest.fail("it asks the driver"))
     late[0].run()
     assert lock.refused is None

@@ -163,14 +163,9 @@ def test_a_fork_goes_on_with_nothing_of_its_parent_s(fresh):
     assert in_child(look) == 0
 
 
-def test_interrupted_before_there_is_a_thread_it_is_not_waited_for(fresh, monkeypatch):
-    def interrupt(_thread):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            fresh.pages.start()
+def test_interrupted_before_there_is_a_thread_it_is_not_waited_for(fresh, interrupted_start):
+    with interrupted_start():
+        fresh.pages.start()
     assert fresh.pages not in population._under_way
     fresh.pages.stop()
     assert fresh.pages.wait(0)
