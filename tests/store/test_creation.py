@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import stat
 
 import msgpack
@@ -19,10 +20,11 @@ from shmroute import (
     RouteLayout,
     ShmRouteError,
     ShmRouteReader,
+    reaper,
 )
 from shmroute import layout as bytes_of
 from shmroute.arena import parse_size
-from shmroute.segments import check_arena_name, parse_segment
+from shmroute.segments import SegmentName, check_arena_name, parse_segment, path_of
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -35,6 +37,20 @@ def test_all_memory_is_taken_at_creation(make_arena):
     status = os.stat(f"/dev/shm/{arena.segment.data}")
     assert status.st_size == 4 << 20
     assert status.st_blocks * 512 >= 4 << 20
+
+
+def test_a_file_that_has_the_temporary_name_already_is_not_removed(name, monkeypatch):
+    monkeypatch.setattr(secrets, "token_bytes", bytes)  # zeros, which somebody has guessed
+    monkeypatch.setattr(reaper, "reap", lambda _name: None)  # who is not dead
+    theirs = path_of(SegmentName(os.geteuid(), name, bytes(8), temporary=True).data)
+    with open(theirs, "xb"):
+        pass
+    try:
+        with pytest.raises(ShmRouteError, match="random part"):
+            Arena.create(name, LAYOUT, capacity="2MiB", slots=16)
+        assert os.path.exists(theirs)
+    finally:
+        os.unlink(theirs)
 
 
 def test_the_capacity_is_all_that_an_arena_takes(make_arena, files):
