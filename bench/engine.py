@@ -3,6 +3,7 @@
     python bench/engine.py throughput itl latency memory turns --json PATH [--quick] [--trace]
     python bench/engine.py steady --json PATH
     python bench/engine.py turns --starts off,native,arena --json PATH
+    python bench/engine.py throughput --starts off,arena,arena,off --rounds 5 --json PATH
 
 SGLang's HTTP servers of three configurations (``engine_setup``) are started one after the other,
 in turns; a process of its own (``engine_worker``) puts every block asked for on each:
@@ -26,6 +27,11 @@ With a GPU: Qwen3-30B-A3B's dimensions, random weights. Without one a tiny model
 everything runs. `engine_workloads` says how each load is timed, `engine_figures` how figures
 follow. ``--trace`` adds what the scheduler thread spends (`engine_trace`).
 
+Between two engines that are up one after the other a GPU and its host change by more than routes
+cost. ``--rounds N`` has one engine of each configuration up at the same time, on one GPU, and gives
+them the blocks in turns: N times in the order of ``--starts``. Their loads are smaller, as two have
+to fit; while one is measured the others have nothing to do.
+
 ``--raw FOLDER`` keeps each engine's measurements, and takes those that are there into the
 figures: alternating starts can be spread over several commands on one machine. The result file
 names them all. The exit code is 1 when a figure misses its budget, 2 when an engine failed.
@@ -44,7 +50,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +67,7 @@ from rich.progress import Progress
 import shmroute
 
 BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "turns", "steady")
+ROUNDS_BLOCKS = ("throughput", "unasked", "itl")  # what little KV cache has room for
 WORKER = Path(__file__).with_name("engine_worker.py")
 END_SECONDS = 10.0  # what killing an engine and writing the figures takes
 LOOK_SECONDS = 1.0
@@ -73,7 +80,8 @@ class Bench:
         self._options = options
         self._folder = folder
         self._console = progress.console
-        self._blocks = BlocksBar(progress, options.blocks, len(options.starts))
+        turns = len(options.starts) * (options.rounds or 1)
+        self._blocks = BlocksBar(progress, options.blocks, turns)
         self._raw = options.raw or folder / "raw"
         self._raw.mkdir(parents=True, exist_ok=True)
         self._logs = options.logs or folder
@@ -86,54 +94,96 @@ class Bench:
         self.failed: list[str] = []
 
     def run(self) -> None:
-        """Run an engine for each start that there is time for."""
-        for configuration in self._options.starts:
+        """Measure for as many of the starts as there is time for."""
+        if self._options.rounds:
+            self._take_turns()
+        else:
+            self._each(self._options.starts, self._run_engine)
+
+    def _each(self, configurations: Iterable[str], measure: Callable[[str], None]) -> None:
+        for configuration in configurations:
             began = time.monotonic()
             if self._longest > self._left():
-                self._say(f"{configuration}: no time left for another engine")
+                self._say(f"{configuration}: no time left for another one")
                 break
-            self._run_engine(configuration)
+            measure(configuration)
             self._blocks.end_engine()
             self._longest = max(self._longest, time.monotonic() - began)
 
     def _run_engine(self, configuration: str) -> None:
-        number = len(list(self._raw.glob("*.json"))) + 1
-        name = f"{number:02}-{configuration}"
-        trace = self._raw / f"{name}.trace" if self._options.trace else None
-        server = self._server(configuration, name, trace)
+        try:
+            with self._engine(configuration) as server:
+                self._load(configuration, server)
+        except EngineStartError as error:
+            self._fail(f"{configuration}: {error}")
+
+    def _take_turns(self) -> None:
+        """All engines up at once, each measured while the others have nothing to do."""
+        with contextlib.ExitStack() as at_end:
+            servers = {}
+            for configuration in dict.fromkeys(self._options.starts):
+                try:
+                    servers[configuration] = at_end.enter_context(self._engine(configuration))
+                except EngineStartError as error:
+                    self._fail(f"{configuration}: {error}")
+                    return
+            self._each(
+                self._options.starts * self._options.rounds,
+                lambda configuration: self._load(configuration, servers[configuration]),
+            )
+
+    @contextlib.contextmanager
+    def _engine(self, configuration: str) -> Iterator[EngineServer]:
+        """A server that is up."""
+        name = self._next_name(configuration)
+        server = self._server(configuration, name)
         self._blocks.begin_engine(name)
         try:
             server.start()
             self._say(f"{name}: started in {server.start_seconds:.0f} s")
-            self._blocks.begin_blocks()
-            self._measure(
-                name,
-                Specification(
-                    configuration=configuration,
-                    blocks=tuple(self._options.blocks),
-                    arena=self.arena,
-                    url=server.url,
-                    server=server.pid,
-                    start_seconds=server.start_seconds,
-                    gpu=self._gpu,
-                    quick=self._options.quick,
-                    runs=self._options.runs,
-                    trace=str(trace or ""),
-                    result=str(self._raw / f"{name}.json"),
-                    command=" ".join(["python bench/engine.py", *_shown(sys.argv[1:])]),
-                ),
-            )
-        except EngineStartError as error:
-            self._fail(f"{name}: {error}")
+            yield server
         finally:
             with _undisturbed():
                 server.stop()
-                shmroute.reap(self.arena, force=True)
+                if configuration == "arena":
+                    shmroute.reap(self.arena, force=True)
 
-    def _server(self, configuration: str, name: str, trace: Path | None) -> EngineServer:
+    def _load(self, configuration: str, server: EngineServer) -> None:
+        """Put the blocks on an engine that is up."""
+        name = self._next_name(configuration)
+        self._blocks.begin_engine(name)
+        self._blocks.begin_blocks()
+        self._measure(
+            name,
+            Specification(
+                configuration=configuration,
+                blocks=tuple(self._options.blocks),
+                arena=self.arena,
+                url=server.url,
+                server=server.pid,
+                start_seconds=server.start_seconds,
+                gpu=self._gpu,
+                quick=self._options.quick,
+                rounds=bool(self._options.rounds),
+                runs=self._options.runs,
+                trace=str(self._trace(name) or ""),
+                result=str(self._raw / f"{name}.json"),
+                command=" ".join(["python bench/engine.py", *_shown(sys.argv[1:])]),
+            ),
+        )
+
+    def _next_name(self, configuration: str) -> str:
+        """Of the next measurement: what it is, and its number behind those of earlier commands."""
+        return f"{len(list(self._raw.glob('*.json'))) + 1:02}-{configuration}"
+
+    def _trace(self, name: str) -> Path | None:
+        return self._raw / f"{name}.trace" if self._options.trace else None
+
+    def _server(self, configuration: str, name: str) -> EngineServer:
+        trace = self._trace(name)
         flags = server_flags(
             configuration,
-            scale_for(self._gpu, self._options.quick),
+            scale_for(self._gpu, self._options.quick, bool(self._options.rounds)),
             arena=self.arena,
             gpu=self._gpu,
             prefill_graph="steady" in self._options.blocks,
@@ -180,7 +230,8 @@ class Bench:
     def figures(self) -> list[dict[str, Any]]:
         """What every engine measured, those of earlier commands in ``--raw`` included."""
         runs = [json.loads(path.read_text()) for path in sorted(self._raw.glob("*.json"))]
-        return [run for run in runs if run["quick"] == self._options.quick]
+        alike = self._options.quick, bool(self._options.rounds)
+        return [run for run in runs if (run["quick"], run["rounds"]) == alike]
 
     def _left(self) -> float:
         return self._options.seconds - END_SECONDS - (time.monotonic() - self._began)
@@ -257,6 +308,12 @@ def _arguments() -> argparse.Namespace:
         "--runs", type=int, metavar="N", help="times that each engine is given throughput and turns"
     )
     parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"all engines at once, N rounds of --starts in turns; of {', '.join(ROUNDS_BLOCKS)}",
+    )
+    parser.add_argument(
         "--seconds", type=float, default=3600.0, help="start no engine that would end later"
     )
     parser.add_argument("--raw", type=Path, metavar="FOLDER", help="keeps every measurement")
@@ -267,7 +324,18 @@ def _arguments() -> argparse.Namespace:
     if options.starts is None:
         every = ["off", "arena", "native", "off", "arena"]
         options.starts = ["arena"] if options.quick else every
+    if options.rounds is not None:
+        _check_rounds(parser, options)
     return options
+
+
+def _check_rounds(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}: at least one is needed")
+    others = set(options.blocks) - set(ROUNDS_BLOCKS)
+    if others or options.trace or options.quick:
+        allowed = ", ".join(ROUNDS_BLOCKS)
+        parser.error(f"--rounds goes with {allowed}, and neither with --trace nor with --quick")
 
 
 @contextlib.contextmanager

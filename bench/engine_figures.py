@@ -1,8 +1,9 @@
 """From what the workers of ``engine.py`` wrote to the rows of its result file.
 
-Every run is one engine start. A figure of a configuration is the median over its loads, over
-all its starts; a ratio is that of two such medians, taken from starts that alternate. Budgets
-hold on a GPU only: on a CPU the numbers show that the way works, not how fast.
+Every run is one engine start, or with ``--rounds`` one turn of an engine. A figure of a
+configuration is the median over its loads, over all its runs; a ratio is that of two such medians,
+taken from runs that alternate. Budgets hold on a GPU only: on a CPU the numbers show that the way
+works, not how fast.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from result_file import Row, Sense
 
 MS, US, MIB = 1e3, 1e6, 1 / 2**20
 ROUTED = tuple(name for name in CONFIGURATIONS if name != "off")
+INTERVAL_LOADS, INTERVAL_DRAWS = 4, 10_000  # with fewer loads an interval says nothing
 STEPS_SHOWN = (1, 4, 160)  # finished requests in one step
 #: Where rows are delivered to, and in how many ms out of an arena at most.
 DELIVERIES = (("host", "trainer", 1.5), ("cuda", "trainer's GPU", 2.5))
@@ -52,6 +54,10 @@ class Figures:
     def of(self, configuration: str) -> Iterable[Run]:
         return (run for run in self.runs if run["configuration"] == configuration)
 
+    def engines(self, configuration: str) -> list[Run]:
+        """The last run of each engine, which it is by the seconds that its start took."""
+        return list({run["start_seconds"]: run for run in self.of(configuration)}.values())
+
     def loads(self, configuration: str, block: str) -> list[Any]:
         return [load for run in self.of(configuration) for load in run.get(block, ())]
 
@@ -75,7 +81,7 @@ def result_rows(runs: Sequence[Run]) -> list[Row]:
 
 def _starts(figures: Figures) -> None:
     for name in CONFIGURATIONS:
-        starts = [run["start_seconds"] for run in figures.of(name)]
+        starts = [run["start_seconds"] for run in figures.engines(name)]
         if starts:
             figures.add(f"{name}: engines started", len(starts), "")
             figures.add(f"{name}: start, median", statistics.median(starts), "s")
@@ -123,13 +129,13 @@ def _steady(figures: Figures) -> None:
 
 
 def _rates(figures: Figures, block: str, what: str, budget: float | None) -> None:
-    medians = {}
+    rates, medians = {}, {}
     for name in CONFIGURATIONS:
-        rates = [load["tokens_per_second"] for load in figures.loads(name, block)]
-        if rates:
-            medians[name] = statistics.median(rates)
+        each = [load["tokens_per_second"] for load in figures.loads(name, block)]
+        if each:
+            rates[name], medians[name] = each, statistics.median(each)
             figures.add(f"{name}, {what}: output", medians[name], "tok/s")
-            _add_spread(figures, f"{name}, {what}", rates)
+            _add_spread(figures, f"{name}, {what}", each)
     for name in ROUTED:
         if name in medians and "off" in medians:
             share = 100 * medians[name] / medians["off"]
@@ -137,12 +143,29 @@ def _rates(figures: Figures, block: str, what: str, budget: float | None) -> Non
             alike = figures.traced(name) == figures.traced("off")
             limit = budget if name == "arena" and alike else None
             figures.add(f"{name} / off, {what}: output", share, "%", limit, "min")
+            _add_interval(figures, f"{name} / off, {what}: output", rates[name], rates["off"])
 
 
 def _add_spread(figures: Figures, what: str, values: Sequence[float]) -> None:
     if len(values) > 1:
         spread = 100 * (max(values) - min(values)) / statistics.median(values)
         figures.add(f"{what}: spread of {len(values)}", spread, "%")
+
+
+def _add_interval(
+    figures: Figures, what: str, values: Sequence[float], held_against: Sequence[float]
+) -> None:
+    """Between which bounds the ratio of two medians lies, by drawing the loads again."""
+    if min(len(values), len(held_against)) < INTERVAL_LOADS:
+        return
+    random = np.random.default_rng(5)
+    above, below = (
+        np.median(random.choice(loads, (INTERVAL_DRAWS, len(loads))), axis=1)
+        for loads in (values, held_against)
+    )
+    low, high = np.percentile(100 * above / below, (2.5, 97.5))
+    figures.add(f"{what}, 95% interval, low", low, "%")
+    figures.add(f"{what}, 95% interval, high", high, "%")
 
 
 # -- inter-token latency -------------------------------------------------------------------------
@@ -286,7 +309,7 @@ def _memory_of(figures: Figures, name: str, run: Run) -> None:
 
 
 def _counters(figures: Figures) -> None:
-    every = [run["counters"] for run in figures.of("arena") if run.get("counters")]
+    every = [run["counters"] for run in figures.engines("arena") if run.get("counters")]
     if not every:
         return
     total = {name: sum(counters[name] for counters in every) for name in every[0]}

@@ -114,6 +114,7 @@ class Scale:
     latency_prompts: tuple[tuple[str, int], ...]
     latency_repeats: int
     kv_tokens: int
+    memory_fraction: float  # of free GPU memory, as SGLang's ``mem_fraction_static``
     capacity: str
 
 
@@ -136,6 +137,7 @@ GPU = Scale(
     latency_repeats=6,
     # Below what mem_fraction_static leaves, so that every configuration has the same.
     kv_tokens=163_840,
+    memory_fraction=0.92,
     capacity="8GiB",
 )
 GPU_QUICK = replace(
@@ -149,6 +151,15 @@ GPU_QUICK = replace(
     turns_runs=1,
     steady_requests=200,
     latency_repeats=4,
+)
+# What two engines at once have memory for on one H200 of 139 GiB.
+GPU_ROUNDS = replace(
+    GPU,
+    output=256,
+    throughput_runs=1,
+    finishes=((LongFinishes("8K", 8000, ((60, 90, 120, 120, 120, 120),), 64, 300), 1),),
+    kv_tokens=84_992,
+    memory_fraction=0.95,
 )
 CPU = Scale(
     batch=6,
@@ -167,6 +178,7 @@ CPU = Scale(
     latency_prompts=(("100", 92), ("1K", 1000)),
     latency_repeats=4,
     kv_tokens=16_384,
+    memory_fraction=0.2,
     capacity="64MiB",
 )
 CPU_QUICK = replace(
@@ -184,10 +196,13 @@ def has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def scale_for(gpu: bool, quick: bool) -> Scale:
+def scale_for(gpu: bool, quick: bool, rounds: bool = False) -> Scale:
+    """``rounds``: engines that are up at once, on one GPU."""
+    if gpu and rounds:
+        return GPU_ROUNDS
     if gpu:
         return GPU_QUICK if quick else GPU
-    return CPU_QUICK if quick else CPU
+    return CPU_QUICK if quick or rounds else CPU
 
 
 def dimensions(gpu: bool) -> Mapping[str, Any]:
@@ -215,6 +230,7 @@ def server_flags(
         "grammar_backend": "none",
         "max_running_requests": scale.batch,
         "max_total_tokens": scale.kv_tokens,
+        "mem_fraction_static": scale.memory_fraction,
         "log_level": "info",
         "decode_log_interval": 100,
     }
@@ -239,7 +255,6 @@ def _gpu_arguments(scale: Scale, prefill_graph: bool) -> dict[str, Any]:
     arguments = {
         "attention_backend": "triton",
         "moe_runner_backend": "triton",
-        "mem_fraction_static": 0.92,
         "chunked_prefill_size": 8192,
         # Few: each takes time at the start.
         "cuda_graph_bs_decode": sorted(sizes),

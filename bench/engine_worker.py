@@ -42,6 +42,8 @@ class Specification:
         Name of the arena, of every configuration.
     url, server, start_seconds
         The engine's address, its process id, and how long it took to serve.
+    rounds
+        Other engines are up beside it, and this is one turn of several.
     runs
         How often ``throughput`` and ``turns`` are run; None: as the scale says.
     trace
@@ -58,6 +60,7 @@ class Specification:
     start_seconds: float
     gpu: bool
     quick: bool
+    rounds: bool
     runs: int | None
     trace: str
     result: str
@@ -70,7 +73,7 @@ class Worker:
     def __init__(self, specification: Specification, at_end: ExitStack) -> None:
         self._spec = specification
         self._at_end = at_end
-        self._scale = scale_for(specification.gpu, specification.quick)
+        self._scale = scale_for(specification.gpu, specification.quick, specification.rounds)
         self._asks = specification.configuration != "off"
         self._arena = specification.arena if specification.configuration == "arena" else None
         trace = specification.trace
@@ -87,6 +90,7 @@ class Worker:
             "blocks": list(specification.blocks),
             "gpu": specification.gpu,
             "quick": specification.quick,
+            "rounds": specification.rounds,
             "start_seconds": specification.start_seconds,
             "command": specification.command,
             "failed": [],

@@ -68,3 +68,40 @@ def test_the_output_s_budget_is_for_engines_that_are_traced_alike(traced):
     share = rows["arena / off, all finish in one step: output"]
     assert share.budget == (None if len(traced) == 1 else 99.8)
     assert not any("spread" in name for name in rows)  # of one round there is none
+
+
+def turn_of(name, rate, started, counted):
+    """A turn of an engine, which has finished so many requests by its end."""
+    counters = dict.fromkeys(
+        ("inline", "failed_requests", "no_routes", "tags_checked", "page_locked_bytes",
+         "pageable_copies", "tags_wrong", "inline_full", "hook_errors"), 0
+    )  # fmt: skip
+    load = {"tokens_per_second": rate, "last_open_seconds": 0.0}
+    return {
+        "configuration": name,
+        "gpu": True,
+        "start_seconds": started,
+        "throughput": [{**load, "route_bytes": 0, "response_bytes": 0}],
+        "counters": {**counters, "finished": counted, "ticketed": counted},
+    }
+
+
+def rows_of_turns(rates, against):
+    turns = [turn_of("off", rate, 1.0, 0) for rate in against]
+    turns += [turn_of("arena", rate, 2.0, 160 * n) for n, rate in enumerate(rates, 1)]
+    return {row.name: row for row in result_rows(turns)}
+
+
+def test_an_engine_that_takes_turns_is_one_engine_and_counts_what_its_last_turn_says():
+    rows = rows_of_turns([100.0, 101.0, 102.0], [100.0, 100.0])
+    assert rows["arena: engines started"].value == 1
+    assert rows["arena: finished"].value == 480
+    assert rows["arena / off, all finish in one step: output"].value == pytest.approx(101)
+
+
+def test_a_ratio_of_many_loads_says_between_which_bounds_it_lies():
+    what = "arena / off, all finish in one step: output"
+    rows = rows_of_turns([99.0, 99.2, 99.4, 99.8], [100.0] * 4)
+    assert 99.0 <= rows[f"{what}, 95% interval, low"].value < rows[what].value
+    assert rows[what].value < rows[f"{what}, 95% interval, high"].value <= 99.8
+    assert not any("interval" in name for name in rows_of_turns([99.0] * 3, [100.0] * 4))
