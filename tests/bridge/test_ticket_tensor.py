@@ -1,4 +1,4 @@
-"""A ticket crosses SGLang's processes as what they take: a plain ``uint8`` tensor."""
+"""A ticket crosses SGLang's processes as what they take: a ``uint8`` tensor, or base64 of one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+import orjson
 import pytest
 import torch
 
-from sglang_bridge.ticket_tensor import PickledTicket, plain_tensor, response_form
+from sglang_bridge.ticket_tensor import (
+    PickledTicket,
+    plain_tensor,
+    response_form,
+    ticket_text,
+)
 
 ENVELOPE = bytes(range(256))[:233]
 
@@ -46,6 +52,13 @@ def assert_plain(tensor: Any, envelope: bytes = ENVELOPE) -> None:
     assert tensor.numpy().tobytes() == envelope
 
 
+def assert_text(text: Any, envelope: bytes = ENVELOPE) -> None:
+    """What SGLang makes of the tensor, and gives its bytes as the tensor does."""
+    assert isinstance(text, str)
+    assert text == base64.b64encode(envelope).decode()
+    assert text.numpy().tobytes() == envelope
+
+
 def test_a_tensor_s_bytes_are_the_envelope() -> None:
     assert_plain(plain_tensor(ENVELOPE))
 
@@ -65,12 +78,24 @@ def test_its_size_is_the_envelope_s() -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
-def test_a_pickle_round_trip_gives_a_plain_tensor(protocol: int) -> None:
-    assert_plain(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE), protocol)))
+def test_a_pickle_round_trip_gives_its_base64(protocol: int) -> None:
+    assert_text(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE), protocol)))
 
 
 def test_what_comes_out_of_a_pickle_can_be_pickled_on() -> None:
-    assert_plain(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE))))))
+    assert_text(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE))))))
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_its_base64_is_the_same_whatever_its_length(size: int) -> None:
+    assert_text(ticket_text(ENVELOPE[:size]), ENVELOPE[:size])
+
+
+def test_a_response_s_json_has_it_as_any_other_text() -> None:
+    """SGLang writes its responses with orjson."""
+    text = base64.b64encode(ENVELOPE).decode()
+    written = orjson.dumps({"routed_experts": ticket_text(ENVELOPE)})
+    assert orjson.loads(written) == {"routed_experts": text}
 
 
 def test_a_pickle_is_hardly_larger_than_the_envelope() -> None:
@@ -85,8 +110,8 @@ def test_a_pickled_step_s_output_is_hardly_larger_than_its_envelopes(output: Any
     message = pickle.dumps(with_tickets, pickle.HIGHEST_PROTOCOL)
     without = pickle.dumps(output([None] * 160), pickle.HIGHEST_PROTOCOL)
     assert len(message) - len(without) <= 160 * (233 + 16) + 100
-    for tensor, envelope in zip(pickle.loads(message).routed_experts, envelopes, strict=True):
-        assert_plain(tensor, envelope)
+    for text, envelope in zip(pickle.loads(message).routed_experts, envelopes, strict=True):
+        assert_text(text, envelope)
 
 
 def test_sglang_s_msgpack_carries_a_tensor(output: Any) -> None:
