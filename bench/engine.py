@@ -166,7 +166,7 @@ class Bench:
                 quick=self._options.quick,
                 rounds=bool(self._options.rounds),
                 runs=self._options.runs,
-                trace=str(self._trace(name) or ""),
+                trace=str(server.trace or ""),
                 result=str(self._raw / f"{name}.json"),
                 command=" ".join(["python bench/engine.py", *_shown(sys.argv[1:])]),
             ),
@@ -176,11 +176,8 @@ class Bench:
         """Of the next measurement: what it is, and its number behind those of earlier commands."""
         return f"{len(list(self._raw.glob('*.json'))) + 1:02}-{configuration}"
 
-    def _trace(self, name: str) -> Path | None:
-        return self._raw / f"{name}.trace" if self._options.trace else None
-
     def _server(self, configuration: str, name: str) -> EngineServer:
-        trace = self._trace(name)
+        trace = self._raw / f"{name}.trace" if self._options.trace else None
         flags = server_flags(
             configuration,
             scale_for(self._gpu, self._options.quick, bool(self._options.rounds)),
@@ -333,9 +330,8 @@ def _check_rounds(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}: at least one is needed")
     others = set(options.blocks) - set(ROUNDS_BLOCKS)
-    if others or options.trace or options.quick:
-        allowed = ", ".join(ROUNDS_BLOCKS)
-        parser.error(f"--rounds goes with {allowed}, and neither with --trace nor with --quick")
+    if others or options.quick:
+        parser.error(f"--rounds goes with {', '.join(ROUNDS_BLOCKS)}, and not with --quick")
 
 
 @contextlib.contextmanager

@@ -335,7 +335,7 @@ def _hooks(figures: Figures) -> None:
         traces = figures.traces(name, "throughput", "itl", "latency_beside")
         parts = {
             kind: [seconds for trace in traces for seconds in trace[kind]]
-            for kind in ("forward_begin", "forward_end", "finalize", "idle_flush")
+            for kind in ("forward_begin", "forward_end", "finalize", "idle_issue", "idle_flush")
         }
         total = sum(statistics.median(seconds) for seconds in parts.values() if seconds)
         if not total:

@@ -30,6 +30,7 @@ class EngineServer(ServerProcess):
     def __init__(
         self, model: Path, flags: list[str], *, gpu: bool, trace: Path | None, log: Path
     ) -> None:
+        self.trace = trace
         env = {name: "" for name in os.environ if name.startswith("SHMROUTE_")}
         if trace:
             env[engine_trace.FILE_VARIABLE] = str(trace)

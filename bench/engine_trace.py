@@ -110,12 +110,11 @@ def _install(recorder: Recorder) -> None:
     if os.environ.get("SHMROUTE_ARENA"):
         from sglang_bridge import collect
         from sglang_bridge.capturer import ArenaCapturer
-        from sglang_bridge.publisher import Publisher
 
         wrap(ArenaCapturer, "on_forward_begin", "forward_begin", _decoding)
         wrap(ArenaCapturer, "on_forward_end", "forward_end", _decoding)
         wrap(collect, "collect", "collect", _request_tokens)
-        wrap(Publisher, "issue", "issue", lambda *_: 0.0)
+        wrap(collect, "issue", "issue", lambda *_: 0.0)
         wrap(collect, "flush", "flush", lambda *_: 0.0)
     else:
         wrap(BaseTopkCapturer, "on_forward_end", "forward_end", _decoding)
@@ -224,7 +223,8 @@ def summary(events: Events) -> dict[str, Any]:
         "forward_begin": _decode_seconds(events, "forward_begin"),
         "forward_end": _decode_seconds(events, "forward_end"),
         "finalize": of_kind(events, "finalize")["seconds"].tolist(),
-        "idle_flush": _without_finish(events),
+        "idle_issue": _without_finish(events, "issue"),
+        "idle_flush": _without_finish(events, "flush"),
         "steps": [
             [
                 len(step.collects),
@@ -245,12 +245,9 @@ def _decode_seconds(events: Events, kind: str) -> list[float]:
     return [float(seconds) for seconds in some[some["size"] > 0]["seconds"]]
 
 
-def _without_finish(events: Events) -> list[float]:
-    """Flushes that had nothing to do."""
+def _without_finish(events: Events, kind: str) -> list[float]:
+    """Calls that had nothing to do: since the one before no request has ended."""
     busy = of_kind(events, "collect")["at"]
-    flushes = of_kind(events, "flush")
-    return [
-        float(flush["seconds"])
-        for flush, before in zip(flushes[1:], flushes[:-1], strict=True)
-        if not np.any((busy > before["at"]) & (busy < flush["at"]))
-    ]
+    calls = of_kind(events, kind)
+    ended = np.diff(np.searchsorted(busy, calls["at"]))
+    return [float(seconds) for seconds in calls["seconds"][1:][ended == 0]]

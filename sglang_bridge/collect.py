@@ -12,6 +12,7 @@ are counted ``no_routes`` where their response is made.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -93,12 +94,19 @@ def paused() -> None:
         publisher.wait_for_the_sealer()
 
 
-def issue(req: Any) -> None:
-    """A response is about to be made: it finds its ticket if it is a finished request's.
+def issue(reqs: Iterable[Any], skipped: Any = None) -> None:
+    """A step's responses are about to be made: those of finished requests find their tickets.
 
-    One that asked for routes, is finished and has none by then is counted.
+    One that asked for routes, is finished and has none by then is counted. ``reqs`` are all that
+    run, of which SGLang leaves ``skipped`` out.
     """
-    if req.routed_experts is not None or not req.return_routed_experts or not req.finished():
+    for req in reqs:
+        if req.finished_reason is not None and req is not skipped:
+            _issue(req)
+
+
+def _issue(req: Any) -> None:
+    if req.routed_experts is not None or not req.return_routed_experts:
         return
     publisher = _publisher()
     if publisher is not None:

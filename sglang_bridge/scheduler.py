@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
@@ -102,8 +102,15 @@ def _paused(_result: None, *_arguments: Any, **_options: Any) -> None:
     collect.paused()
 
 
-def _streamed(_accumulator: Any, *, req: Any) -> None:
-    collect.issue(req)
+def _streamed(
+    _streamer: Any,
+    reqs: Iterable[Any],
+    _return_logprob: bool = False,
+    skip_req: Any = None,
+    **_options: Any,
+) -> None:
+    """Once a step: around the response of each request it would cost what all else costs."""
+    collect.issue(reqs, skip_req)
 
 
 def _aborted(_scheduler: Any, _abort_req: Any, req: Any) -> None:

@@ -55,8 +55,8 @@ PREFILLED = Site(_PROCESSOR + "process_batch_result_prefill", ("self", "batch", 
 IDLE = Site(_MANAGERS + "scheduler.Scheduler.on_idle", ("self",))
 PAUSED = Site(_MANAGERS + "scheduler.Scheduler.pause_generation", ("self", "recv_req"))
 STREAMED = Site(
-    _PARTS + "output_streamer._GenerationStreamAccumulator.accept",
-    ("self", "req"),
+    _PARTS + "output_streamer.SchedulerOutputStreamer._stream_output_generation",
+    ("self", "reqs", "skip_req"),
 )
 if _OLDER:
     ABORTED = Site(
@@ -141,7 +141,6 @@ ATTRIBUTES = {
         "finished_len",
         "output_ids_through_stop",  # what the two above are read as
         "session",
-        "finished",
         "req_pool_idx" if _OLDER else "kv",
         "rid",
         "origin_input_ids",

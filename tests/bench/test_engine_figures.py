@@ -6,7 +6,10 @@ import pytest
 from engine_figures import result_rows
 
 LONG = 32_768
-KINDS = ("forward_begin", "forward_end", "finalize", "idle_flush", "pinned_bytes", "gpu_bytes")
+KINDS = (
+    "forward_begin", "forward_end", "finalize", "idle_issue", "idle_flush", "pinned_bytes",
+    "gpu_bytes",
+)  # fmt: skip
 
 
 def run_of(configuration, *seconds):

@@ -50,9 +50,6 @@ def sglang() -> Iterator[SimpleNamespace]:
         from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
         from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
         from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
-        from sglang.srt.managers.scheduler_components.output_streamer import (
-            _GenerationStreamAccumulator,
-        )
         from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
         from sglang.srt.platforms import current_platform
         from sglang.srt.sampling.sampling_params import SamplingParams
@@ -66,7 +63,6 @@ def sglang() -> Iterator[SimpleNamespace]:
         assert sglang_bridge.Engine is sglang_bridge.engine.Engine
         assert type(current_platform).__name__ == "PlainCpuPlatform"
         yield SimpleNamespace(
-            Accumulator=_GenerationStreamAccumulator,
             ChatCompletionRequest=ChatCompletionRequest,
             CompletionRequest=CompletionRequest,
             FINISH_ABORT=FINISH_ABORT,

@@ -468,7 +468,7 @@ def test_another_rank_s_forwards_requests_and_updates_go_by_without_a_trace(
     req.output_ids.extend([3, 4])
     req.finished_reason = sglang.FINISH_LENGTH(length=2)
     scheduler._collect(None, SimpleNamespace(req_to_token_pool=pool), req)
-    scheduler._streamed(None, req=req)
+    scheduler._streamed(None, [req], False)
     scheduler._step_processed(None)
     assert req.routed_experts is None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,7 +154,7 @@ def test_a_request_that_did_not_ask_costs_nothing(scheduler: Scheduler) -> None:
     before = scheduler.counters
     req, _ = scheduler.request("quiet", prompt=5, output=2, return_routed_experts=False)
     assert collected(scheduler, req) is None
-    collect.issue(req)
+    collect.issue([req])
     collect.count_aborted(req)
     assert scheduler.counters == before
 
@@ -164,7 +164,7 @@ def test_the_hidden_warm_up_of_several_choices_makes_no_record(scheduler: Schedu
 
     req, _ = scheduler.request("hidden", prompt=5, output=1, max_new_tokens=0, n=4)
     assert collected(scheduler, req) is None
-    collect.issue(req)
+    collect.issue([req])
     assert scheduler.counters["finished"] == 0
 
 
@@ -176,7 +176,7 @@ def test_a_reply_that_is_an_http_error_makes_no_record_and_is_counted(
     req, _ = scheduler.request("error", prompt=5, output=1)
     req.finished_reason = sglang.FINISH_ABORT("too long", status_code=400)
     assert collected(scheduler, req) is None
-    collect.issue(req)
+    collect.issue([req])
     collect.count_aborted(req)  # the same request: counted once
     assert (scheduler.counters["finished"], scheduler.counters["no_routes"]) == (1, 1)
 
@@ -190,7 +190,7 @@ def test_an_abort_in_mid_generation_keeps_its_rows(
     req.finished_reason = sglang.FINISH_ABORT("by the client")
     with ShmRouteReader(collected(scheduler, req)) as routes:
         np.testing.assert_array_equal(routes.numpy(), rows[:12])
-    collect.issue(req)
+    collect.issue([req])
     assert scheduler.counters["no_routes"] == 0
 
 
@@ -248,7 +248,7 @@ def test_every_finished_request_is_counted_once_also_when_the_hook_fails(
         if i == 6:
             req.finished_reason = sglang.FINISH_ABORT("rejected", status_code=503)
         collected(scheduler, req)
-        collect.issue(req)
+        collect.issue([req])
     scheduler.publisher.stop()
     counts = scheduler.counters
     assert counts["finished"] == 12
@@ -339,9 +339,9 @@ def test_the_first_response_finds_its_ticket_and_the_step_s_others_have_theirs(
     served = ended(scheduler, "a", "b", "c")
     unfinished, _ = scheduler.request("goes on", prompt=5, output=1)
     unfinished.finished_reason = None
-    collect.issue(unfinished)
+    collect.issue([unfinished])
     assert all(req.routed_experts is None for req, _ in served)
-    collect.issue(served[1][0])
+    collect.issue([served[1][0]])
     tickets = [decode(envelope_of(req)) for req, _ in served]
     assert [ticket.rid for ticket in tickets] == ["a", "b", "c"]
     generations = [ticket.generation for ticket in tickets]
@@ -352,34 +352,85 @@ def test_the_first_response_finds_its_ticket_and_the_step_s_others_have_theirs(
     check_rows(served)
 
 
-def test_sglang_s_response_of_a_finished_request_carries_its_ticket(
-    scheduler: Scheduler, sglang: SimpleNamespace
-) -> None:
-    """The hook as it is registered, around SGLang's own making of a response."""
+def streaming(
+    sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Any], Callable[..., None]]:
+    """SGLang's making of a step's responses with the hook around it, and what it sends."""
+    from sglang.srt.managers.scheduler_components import output_streamer
     from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 
     from sglang_bridge import scheduler as hooks
 
-    accept = _wrap_fn(sglang.Accumulator.accept, hooks._streamed, HookType.BEFORE)
-    (req, _), (other, _) = ended(scheduler, "first", "second")
-    response = sglang.Accumulator(
-        return_logprob=False,
-        return_hidden_states=False,
-        return_routed_experts=True,
-        return_indexer_topk=False,
+    serving = SimpleNamespace(stream_interval=1, weight_version=None)
+    parallel = SimpleNamespace(dp_rank=None, attn_tp_rank=1)  # the first one's logs each request
+    monkeypatch.setattr(output_streamer, "get_serving", lambda: serving)
+    monkeypatch.setattr(output_streamer, "get_parallel", lambda: parallel)
+    responses: list[Any] = []
+    streamer = output_streamer.SchedulerOutputStreamer(
+        send_to_detokenizer=SimpleNamespace(send_output=responses.append),
+        tree_cache=None,
+        server_args=None,
+        is_generation=True,
         spec_algorithm=sglang.SpeculativeAlgorithm.NONE,
         disaggregation_mode=None,
-        default_stream_interval=1,
-        default_force_stream_interval=50,
-        get_cached_tokens_details=lambda _: None,
-        is_request_level_customized_info_key=lambda _: False,
-        current_weight_version=None,
+        enable_hicache_storage=lambda: False,
     )
-    for one in (req, other):
-        one.tokenizer = None
-        accept(response, req=one)
-    carried = [decode(tensor.numpy().tobytes()).rid for tensor in response.routed_experts]
-    assert carried == ["first", "second"]
+    make = _wrap_fn(
+        output_streamer.SchedulerOutputStreamer._stream_output_generation,
+        hooks._streamed,
+        HookType.BEFORE,
+    )
+
+    def stream(reqs: list[Any], skip_req: Any = None) -> None:
+        for req in reqs:
+            req.tokenizer, req.stream = None, True
+        make(streamer, reqs, False, skip_req)
+
+    return responses, stream
+
+
+def test_sglang_s_response_of_a_finished_request_carries_its_ticket(
+    scheduler: Scheduler, sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook as it is registered, around SGLang's own making of a step's responses."""
+    responses, stream = streaming(sglang, monkeypatch)
+    (req, _), (other, _) = ended(scheduler, "first", "second")
+    running, _ = scheduler.request("goes on", prompt=5, output=50)
+    running.finished_reason = None
+    stream([req, running, other])
+    (response,) = responses
+    carried = dict(zip(response.rids, response.routed_experts, strict=True))
+    assert carried["goes on"] is None
+    for rid in ("first", "second"):
+        assert decode(carried[rid].numpy().tobytes()).rid == rid
+
+
+def test_a_request_that_sglang_leaves_out_of_the_responses_is_not_counted(
+    scheduler: Scheduler, sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is skipped while its prompt is still computed in pieces, and answered later."""
+    responses, stream = streaming(sglang, monkeypatch)
+    left_out, _ = scheduler.request("left out", prompt=5, output=1)
+    stream([left_out], left_out)
+    assert (responses, scheduler.counters["finished"]) == ([], 0)
+    stream([left_out])
+    assert (len(responses), scheduler.counters["no_routes"]) == (1, 1)
+
+
+def test_a_step_s_responses_pass_one_hook(
+    scheduler: Scheduler, sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One around each response would take a microsecond of each running request's every step."""
+    from sglang_bridge import collect
+
+    calls = []
+    monkeypatch.setattr(collect, "issue", lambda *given: calls.append(given))
+    _, stream = streaming(sglang, monkeypatch)
+    running = [scheduler.request(f"{i}", prompt=2, output=1)[0] for i in range(3)]
+    for one in running:
+        one.finished_reason = None
+    stream(running)
+    assert calls == [(running, None)]
 
 
 def test_a_request_whose_response_is_asked_for_again_keeps_its_one_ticket(
@@ -388,9 +439,9 @@ def test_a_request_whose_response_is_asked_for_again_keeps_its_one_ticket(
     from sglang_bridge import collect
 
     ((req, _),) = ended(scheduler, "once")
-    collect.issue(req)
+    collect.issue([req])
     ticket = req.routed_experts
-    collect.issue(req)
+    collect.issue([req])
     collect.flush()
     collect.flush()
     assert req.routed_experts is ticket
@@ -449,7 +500,7 @@ def test_a_request_that_fails_among_others_fails_alone(scheduler: Scheduler, rid
     from sglang_bridge import collect
 
     served = ended(scheduler, "a", "b", rid, "c", "d")
-    collect.issue(served[0][0])
+    collect.issue([served[0][0]])
     collect.flush()
     with pytest.raises(RouteFailed):
         ShmRouteReader(envelope_of(served[2][0]))
@@ -477,7 +528,7 @@ def test_a_ticket_that_cannot_be_handed_over_fails_its_record_and_no_other(
 
     monkeypatch.setattr(publisher, "_respond", breaking)
     served = ended(scheduler, "a", "b", "c")
-    collect.issue(served[2][0])
+    collect.issue([served[2][0]])
     collect.flush()
     for envelope in (handed[1], envelope_of(served[1][0])):
         with pytest.raises(RouteFailed):
@@ -497,7 +548,7 @@ def test_a_step_that_cannot_be_reserved_together_is_reserved_one_by_one(
 
     monkeypatch.setattr(scheduler.arena.writer, "reserve_together", broken)
     served = ended(scheduler, "a", "b")
-    collect.issue(served[0][0])
+    collect.issue([served[0][0]])
     collect.flush()
     check_rows(served)
     counts = check_sums(scheduler)
@@ -510,7 +561,7 @@ def test_where_slots_run_out_within_a_step_the_rest_of_it_goes_inline(
     from sglang_bridge import collect
 
     served = ended(scheduler, *(f"{i}" for i in range(10)))  # there are 8 slots
-    collect.issue(served[9][0])
+    collect.issue([served[9][0]])
     collect.flush()
     for i, (req, rows) in enumerate(served):
         with ShmRouteReader(envelope_of(req)) as routes:
@@ -528,7 +579,7 @@ def test_what_of_a_step_the_gatherer_cannot_take_goes_inline(
     two = 2 * 24 * ROUTES.row_bytes
     monkeypatch.setattr(scheduler.publisher.gatherer, "has_room", lambda nbytes: nbytes <= two)
     served = ended(scheduler, "a", "b", "c")
-    collect.issue(served[0][0])
+    collect.issue([served[0][0]])
     collect.flush()
     for i, (req, rows) in enumerate(served):
         with ShmRouteReader(envelope_of(req)) as routes:
@@ -544,7 +595,7 @@ def test_a_request_without_rows_among_others_is_an_empty_record(scheduler: Sched
     empty, _ = scheduler.request("empty", prompt=20, output=0, routed_experts_start_len=20)
     collect.collect(scheduler, empty)
     served += ended(scheduler, "b")
-    collect.issue(empty)
+    collect.issue([empty])
     collect.flush()
     assert ShmRouteReader(envelope_of(empty)).tokens == 0
     check_rows(served)
@@ -557,7 +608,7 @@ def test_after_a_device_error_a_whole_step_goes_inline(scheduler: Scheduler) -> 
 
     scheduler.publisher._broken = True
     served = ended(scheduler, "a", "b")
-    collect.issue(served[0][0])
+    collect.issue([served[0][0]])
     for req, rows in served:
         with ShmRouteReader(envelope_of(req)) as routes:
             assert routes.inline
@@ -571,7 +622,7 @@ def test_rids_that_are_the_same_in_one_step_each_have_a_ticket_and_the_last_has_
     from sglang_bridge import collect
 
     served = ended(scheduler, "twin", "twin")
-    collect.issue(served[0][0])
+    collect.issue([served[0][0]])
     collect.flush()
     check_rows(served)
     with ShmRouteReader("twin", arena=scheduler.arena.name) as routes:
