@@ -38,6 +38,7 @@ from .epochs import WeightEpochs
 from .errors import StartRefused
 from .finished import Gatherer
 from .gather_host import HostGatherer
+from .layer_views import LayerViews
 from .layers import route_layout
 from .publisher import Publisher
 from .settings import Settings
@@ -101,6 +102,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         self.device_cache.buffer.fill_(-1)
         # One view for all forwards: their rows are the first ones, unless ranks share the buffer.
         self._every_row = self.device_cache.buffer[:, :, : self.topk_size]
+        self._layers = LayerViews(self._every_row)
         self._shares_buffer = is_dp_attention_enabled()
         self._decode_graphs: DecodeGraphs | None = None
         self._multimodal = bool(model_config.is_multimodal)
@@ -179,6 +181,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             # SGLang's way gets its copies at once, into a buffer that it alone has.
             buffer = torch.full_like(buffer, -1)
             self._every_row = buffer[:, :, : self.topk_size]
+            self._layers = LayerViews(self._every_row)
         self._decode_graphs = DecodeGraphs(self.table, buffer, captures_decode_graph)
 
     def look_at(self, runner: Any) -> None:
@@ -200,13 +203,10 @@ class ArenaCapturer(RoutedExpertsCapturer):
         if unread or len(topk_indices) > len(self.device_cache.buffer):
             return
         graphs = self._decode_graphs
-        if graphs is None:
-            super().capture(layer_id, topk_indices)
-            return
-        if not graphs.keep(layer_id, topk_indices):
-            self._every_row[: len(topk_indices), layer_id] = topk_indices[:, : self.topk_size]
-        if self.shadow:
-            super().capture(layer_id, topk_indices)
+        if graphs is None or not graphs.keep(layer_id, topk_indices):
+            self._layers.copy(layer_id, topk_indices)
+        if self.shadow and graphs is not None:
+            super().capture(layer_id, topk_indices)  # into SGLang's own buffer
 
     def on_forward_begin(self, forward_batch: Any) -> None:
         """Keep what the forward is about: token ids, positions, KV locations, unpadded.

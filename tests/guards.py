@@ -944,6 +944,17 @@ _BRIDGE = (
         ),
     ),
     Guard(
+        "views of the capture buffer that are as long as the forward",
+        "a forward's rows are its own, whatever forward came before it",
+        "sglang_bridge/layer_views.py",
+        "        if count != self._count:\n",
+        "        if not self._count:\n",
+        (
+            "bridge/test_layer_views.py::"
+            "test_forwards_of_any_lengths_one_after_the_other_have_their_own_rows",
+        ),
+    ),
+    Guard(
         "the capture buffer's length",
         "a forward longer than it ends as missing rows and does not end the engine",
         "sglang_bridge/capturer.py",

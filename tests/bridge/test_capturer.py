@@ -15,6 +15,7 @@ from forwards import VOCABULARY, Forwards, started_publisher
 
 import shmroute
 from sglang_bridge.gather_host import HostGatherer
+from sglang_bridge.layer_views import LayerViews
 from sglang_bridge.settings import Settings
 from sglang_bridge.table import RouteTable
 from shmroute import IncompleteRoutes, RouteLayout, ShmRouteReader
@@ -265,6 +266,7 @@ def too_long_forward(capturer: Any, batch: Any, routes: torch.Tensor) -> Any:
 
     capturer.device_cache = BaseDeviceCache(8, 3, 2, "cpu", name="routed_experts")
     buffer = capturer.device_cache.buffer.fill_(-1)
+    capturer._layers = LayerViews(buffer)
     capturer.num_fused_shared_experts = 0
     capturer.on_forward_begin(batch)
     for layer in range(3):

@@ -1,0 +1,54 @@
+"""Copying each layer's routes into the capture buffer, by views that are kept.
+
+Problem: outside a decode graph every layer copies its routes when its router has made them. Slices
+and the copy are several calls of torch's, each in caches that the layers' own work has filled. A
+prefill of 8,192 tokens on an H200 whose host was slow spent 119 ms launching kernels with routes
+off and 135 ms with them, so that it, and not the GPU, said how long the prefill took (the scheduler
+thread's trace of ``bench/engine.py --rounds 5 --trace``, at 3bfcdd2).
+
+Approach: forwards of one length, as the chunks of a long prefill are, have the same views. They are
+made in the first one and kept until a forward has another length, so a layer is one call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class LayerViews:
+    """The views of one capture buffer.
+
+    Parameters
+    ----------
+    rows
+        ``int32 [rows, all layers, top_k]``, a view of the buffer.
+    """
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = rows
+        self._top_k = rows.shape[2]
+        self._count = 0
+        self._views: dict[int, torch.Tensor] = {}
+
+    def copy(self, layer: int, ids: torch.Tensor) -> None:
+        """Copy a layer's routes to the first rows.
+
+        Parameters
+        ----------
+        ids
+            ``[n, at least top_k]``; what is behind ``top_k`` are fused shared experts.
+        """
+        count, columns = ids.shape
+        if columns != self._top_k:
+            ids = ids[:, : self._top_k]
+        if torch.compiler.is_compiling():
+            # What is traced runs without this code: nothing is kept for it, nothing of it.
+            self._rows[:count, layer] = ids
+            return
+        if count != self._count:
+            self._views.clear()
+            self._count = count
+        view = self._views.get(layer)
+        if view is None:
+            view = self._views[layer] = self._rows[:count, layer]
+        view.copy_(ids)
