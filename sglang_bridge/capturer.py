@@ -46,8 +46,8 @@ from .table import RouteTable, place_table
 from .tags import FOREIGN_TOKEN, POSITION_MAX
 from .ticket_tensor import response_form
 from .versions import (
-    captures_decode_graph,
     data_parallel_ranks,
+    decode_graph_capture_reader,
     decode_graphs_store_routes,
     fused_shared_experts,
     kv_locations_reader,
@@ -182,7 +182,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             buffer = torch.full_like(buffer, -1)
             self._every_row = buffer[:, :, : self.topk_size]
             self._layers = LayerViews(self._every_row)
-        self._decode_graphs = DecodeGraphs(self.table, buffer, captures_decode_graph)
+        self._decode_graphs = DecodeGraphs(self.table, buffer, decode_graph_capture_reader())
 
     def look_at(self, runner: Any) -> None:
         """See the model runner that made this capturer, before it captures any graph."""

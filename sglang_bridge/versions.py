@@ -142,7 +142,7 @@ def decode_graphs_store_routes(arguments: Any) -> bool:
     Not where a graph is cut into pieces, where a compiler plans the memory, where experts on the
     CPU or on other ranks have ``topk_ids`` rewritten, where a graph's KV locations are not those of
     ``req_to_token``, and where a prefill graph is captured as a decode graph is (a whole one, with
-    LoRA), which ``captures_decode_graph`` cannot tell from one. ``arguments`` as resolved.
+    LoRA), which ``decode_graph_capture_reader`` cannot tell from one. ``arguments`` as resolved.
     """
     return bool(
         arguments.cuda_graph_config.decode.backend == "full"
@@ -154,13 +154,18 @@ def decode_graphs_store_routes(arguments: Any) -> bool:
     )
 
 
-def captures_decode_graph() -> bool:
-    """Whether SGLang captures a decode graph on the calling thread's stream right now, where
-    ``decode_graphs_store_routes``.
+def decode_graph_capture_reader() -> Callable[[], bool]:
+    """Tells whether SGLang captures a decode graph on the calling thread's stream right now, where
+    ``decode_graphs_store_routes``. Asked at each layer of a prefill, so it imports nothing then.
 
     Prefill graphs are not captured in this mode, but for whole ones with LoRA.
     """
     import torch
     from sglang.srt.model_executor.runner_utils import capture_mode
 
-    return bool(capture_mode.is_capture_mode) and torch.cuda.is_current_stream_capturing()
+    stream_captures = torch.cuda.is_current_stream_capturing
+
+    def captures() -> bool:
+        return bool(capture_mode.is_capture_mode) and stream_captures()
+
+    return captures

@@ -100,3 +100,17 @@ def test_an_older_router_without_a_format_goes_by_its_backend(
     installed(number)
     monkeypatch.setattr(moe, "get_moe_runner_backend", lambda: MoeRunnerBackend(backend))
     assert versions.routes_inside_kernel(SimpleNamespace(output_format=given)) is inside
+
+
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_decode_graph_is_captured_where_sglang_s_mode_and_the_stream_say_so(
+    sglang: Any, monkeypatch: pytest.MonkeyPatch, mode: bool, stream: bool
+) -> None:
+    from sglang.srt.model_executor.runner_utils import capture_mode
+
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: stream)
+    captures = versions.decode_graph_capture_reader()
+    assert not captures()
+    monkeypatch.setattr(capture_mode, "is_capture_mode", mode)  # changes while an engine starts
+    assert captures() == (mode and stream)
