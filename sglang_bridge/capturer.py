@@ -200,7 +200,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         model and end the engine. Its rows stay -1.
         """
         unread = self.publisher is None and not self.shadow
-        if unread or len(topk_indices) > len(self.device_cache.buffer):
+        if unread or topk_indices.shape[0] > self.device_cache.buffer.shape[0]:
             return
         graphs = self._decode_graphs
         if graphs is None or not graphs.keep(layer_id, topk_indices):

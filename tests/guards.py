@@ -958,7 +958,7 @@ _BRIDGE = (
         "the capture buffer's length",
         "a forward longer than it ends as missing rows and does not end the engine",
         "sglang_bridge/capturer.py",
-        "if unread or len(topk_indices) > len(self.device_cache.buffer):",
+        "if unread or topk_indices.shape[0] > self.device_cache.buffer.shape[0]:",
         "if unread:",
         (
             "bridge/test_capturer.py::"
