@@ -30,7 +30,7 @@ follow. ``--trace`` adds what the scheduler thread spends (`engine_trace`).
 Between two engines that are up one after the other a GPU and its host change by more than routes
 cost. ``--rounds N`` has one engine of each configuration up at the same time, on one GPU, and gives
 them the blocks in turns: N times in the order of ``--starts``. Their loads are smaller, as two have
-to fit; while one is measured the others have nothing to do.
+to fit, and every turn has the same prompts; while one is measured the others have nothing to do.
 
 ``--raw FOLDER`` keeps each engine's measurements, and takes those that are there into the
 figures: alternating starts can be spread over several commands on one machine. The result file
@@ -226,9 +226,10 @@ class Bench:
 
     def figures(self) -> list[dict[str, Any]]:
         """What every engine measured, those of earlier commands in ``--raw`` included."""
-        runs = [json.loads(path.read_text()) for path in sorted(self._raw.glob("*.json"))]
+        paths = sorted(self._raw.glob("*.json"), key=lambda path: int(path.name.partition("-")[0]))
+        runs = [json.loads(path.read_text()) for path in paths]
         alike = self._options.quick, bool(self._options.rounds)
-        return [run for run in runs if (run["quick"], run["rounds"]) == alike]
+        return [run for run in runs if (run["quick"], run.get("rounds", False)) == alike]
 
     def _left(self) -> float:
         return self._options.seconds - END_SECONDS - (time.monotonic() - self._began)

@@ -44,7 +44,7 @@ from sglang_bridge.finished import Finished
 from sglang_bridge.gather_device import DeviceGatherer
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
-from sglang_bridge.ticket_tensor import PickledTicket
+from sglang_bridge.ticket_tensor import PickledText
 from shmroute import RouteLayout, ShmRouteReader
 from shmroute.pinned import PageLock
 
@@ -75,7 +75,7 @@ class Rig:
             vocabulary=VOCABULARY,
             inline_when_full=True,
             shadow=False,
-            respond=PickledTicket,
+            respond=PickledText,
         )
         self.publisher.start()
         random = np.random.default_rng(1)

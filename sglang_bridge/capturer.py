@@ -138,6 +138,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             maintained=True,
             in_background=True,
         )
+        arguments = resolved_arguments(get_server_args())
         publisher = Publisher(
             arena,
             self.epochs,
@@ -145,7 +146,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
             vocabulary=vocabulary,
             inline_when_full=settings.on_full == "inline",
             shadow=settings.shadow,
-            respond=response_form(),
+            respond=response_form(detokenizer=not arguments.skip_tokenizer_init),
         )
         publisher.counters.set("table_bytes", self.table.nbytes)
         publisher.counters.set("table_device_bytes", self.table.device_bytes)

@@ -2,8 +2,13 @@
 
 SGLang pickles its scheduler's output by default, and a tensor costs 40 us and more that way:
 6 ms for 160 requests of one step, on the scheduler thread. What is pickled there is as small as
-the envelope and costs under 1 us more than None. Where it arrives SGLang makes base64 of a tensor,
-before it passes on what else the step has for all other requests; so it arrives as that text.
+the envelope and costs under 1 us more than None. Where it arrives SGLang makes base64 of a tensor
+before it passes on what the step has for all other requests, so no tensor arrives, but what comes
+to the same there:
+
+    detokenizer         asks what it gets for ``numpy().tobytes()``: bytes that answer
+    tokenizer manager   (``skip_tokenizer_init``) encodes a tensor and passes all else on: the text
+
 SGLang's msgpack (``SGLANG_USE_PICKLE_IPC=0``) takes nothing but a tensor.
 """
 
@@ -21,47 +26,57 @@ def plain_tensor(envelope: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(envelope), dtype=torch.uint8)
 
 
-class TicketText(str):
-    """The base64 that SGLang would make of ``plain_tensor(envelope)``, without the tensor.
-
-    Its tokenizer manager encodes what is a tensor and passes on what is text. Its detokenizer
-    asks whatever it gets for ``numpy().tobytes()``.
-    """
+class ArrivedEnvelope(bytes):
+    """An envelope that answers as its tensor would: for the detokenizer, which encodes it."""
 
     __slots__ = ()
 
-    def numpy(self) -> TicketText:
+    def numpy(self) -> ArrivedEnvelope:
         return self
 
     def tobytes(self) -> bytes:
-        return binascii.a2b_base64(self)
+        return bytes(self)
 
 
-def ticket_text(envelope: bytes) -> TicketText:
-    return TicketText(binascii.b2a_base64(envelope, newline=False), "ascii")
+def arrived_text(envelope: bytes) -> str:
+    """The base64 that SGLang would make of the tensor; users get it, so it is a plain ``str``."""
+    return str(binascii.b2a_base64(envelope, newline=False), "ascii")
 
 
 class PickledTicket:
-    """An envelope that pickles as ``ticket_text(envelope)``, and is no more than that before.
+    """An envelope that pickles as an `ArrivedEnvelope`, and is no more than that before.
 
     A tensor would only be made to be taken apart again, in code that has not run for a while.
     """
 
     __slots__ = ("envelope",)
+    arrives: Callable[[bytes], Any] = ArrivedEnvelope
 
     def __init__(self, envelope: bytes) -> None:
         self.envelope = envelope
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ticket_text, (self.envelope,)
+        return type(self).arrives, (self.envelope,)
 
     @property
     def nbytes(self) -> int:
         return len(self.envelope)
 
 
-def response_form() -> Callable[[bytes], Any]:
-    """What makes of an envelope the value of ``req.routed_experts``."""
+class PickledText(PickledTicket):
+    """An envelope that pickles as its base64."""
+
+    __slots__ = ()
+    arrives = staticmethod(arrived_text)
+
+
+def response_form(*, detokenizer: bool) -> Callable[[bytes], Any]:
+    """What makes of an envelope the value of ``req.routed_experts``.
+
+    ``detokenizer``: responses pass SGLang's, which they do without ``skip_tokenizer_init``.
+    """
     from sglang.srt.environ import envs
 
-    return PickledTicket if envs.SGLANG_USE_PICKLE_IPC.get() else plain_tensor
+    if not envs.SGLANG_USE_PICKLE_IPC.get():
+        return plain_tensor
+    return PickledTicket if detokenizer else PickledText

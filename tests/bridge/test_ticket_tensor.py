@@ -1,23 +1,25 @@
-"""A ticket crosses SGLang's processes as what they take: a ``uint8`` tensor, or base64 of one."""
+"""A ticket crosses SGLang's processes as what they take: a tensor, or what answers like one."""
 
 from __future__ import annotations
 
 import base64
 import pickle
 import typing
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import orjson
 import pytest
 import torch
 
 from sglang_bridge.ticket_tensor import (
+    ArrivedEnvelope,
+    PickledText,
     PickledTicket,
+    arrived_text,
     plain_tensor,
     response_form,
-    ticket_text,
 )
 
 ENVELOPE = bytes(range(256))[:233]
@@ -52,25 +54,37 @@ def assert_plain(tensor: Any, envelope: bytes = ENVELOPE) -> None:
     assert tensor.numpy().tobytes() == envelope
 
 
+def assert_answers_as_a_tensor(arrived: Any, envelope: bytes = ENVELOPE) -> None:
+    assert type(arrived) is ArrivedEnvelope
+    assert arrived.numpy().tobytes() == envelope
+
+
 def assert_text(text: Any, envelope: bytes = ENVELOPE) -> None:
-    """What SGLang makes of the tensor, and gives its bytes as the tensor does."""
-    assert isinstance(text, str)
+    """What SGLang makes of the tensor, of no type of ours: users get it and pickle it on."""
+    assert type(text) is str
     assert text == base64.b64encode(envelope).decode()
-    assert text.numpy().tobytes() == envelope
 
 
 def test_a_tensor_s_bytes_are_the_envelope() -> None:
     assert_plain(plain_tensor(ENVELOPE))
 
 
-@pytest.mark.parametrize(("pickles", "form"), [(True, PickledTicket), (False, plain_tensor)])
+@pytest.mark.parametrize(
+    ("pickles", "detokenizer", "form"),
+    [
+        (True, True, PickledTicket),
+        (True, False, PickledText),
+        (False, True, plain_tensor),
+        (False, False, plain_tensor),
+    ],
+)
 def test_the_form_is_the_one_that_sglang_s_transport_carries(
-    sglang: SimpleNamespace, pickles: bool, form: Any
+    sglang: SimpleNamespace, pickles: bool, detokenizer: bool, form: Any
 ) -> None:
     from sglang.srt.environ import envs
 
     with envs.SGLANG_USE_PICKLE_IPC.override(pickles):
-        assert response_form() is form
+        assert response_form(detokenizer=detokenizer) is form
 
 
 def test_its_size_is_the_envelope_s() -> None:
@@ -78,24 +92,21 @@ def test_its_size_is_the_envelope_s() -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, pickle.HIGHEST_PROTOCOL])
-def test_a_pickle_round_trip_gives_its_base64(protocol: int) -> None:
-    assert_text(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE), protocol)))
-
-
-def test_what_comes_out_of_a_pickle_can_be_pickled_on() -> None:
-    assert_text(pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(PickledTicket(ENVELOPE))))))
+@pytest.mark.parametrize(
+    ("form", "check"),
+    [(PickledTicket, assert_answers_as_a_tensor), (PickledText, assert_text)],
+)
+def test_a_pickle_round_trip_gives_what_its_receiver_takes(
+    form: Any, check: Callable[[Any], None], protocol: int
+) -> None:
+    arrived = pickle.loads(pickle.dumps(form(ENVELOPE), protocol))
+    check(arrived)
+    check(pickle.loads(pickle.dumps(arrived, protocol)))  # passed on by a router
 
 
 @pytest.mark.parametrize("size", range(1, 8))
 def test_its_base64_is_the_same_whatever_its_length(size: int) -> None:
-    assert_text(ticket_text(ENVELOPE[:size]), ENVELOPE[:size])
-
-
-def test_a_response_s_json_has_it_as_any_other_text() -> None:
-    """SGLang writes its responses with orjson."""
-    text = base64.b64encode(ENVELOPE).decode()
-    written = orjson.dumps({"routed_experts": ticket_text(ENVELOPE)})
-    assert orjson.loads(written) == {"routed_experts": text}
+    assert_text(arrived_text(ENVELOPE[:size]), ENVELOPE[:size])
 
 
 def test_a_pickle_is_hardly_larger_than_the_envelope() -> None:
@@ -103,15 +114,21 @@ def test_a_pickle_is_hardly_larger_than_the_envelope() -> None:
     assert len(pickled) <= len(ENVELOPE) + 80
 
 
-def test_a_pickled_step_s_output_is_hardly_larger_than_its_envelopes(output: Any) -> None:
+@pytest.mark.parametrize(
+    ("form", "check"),
+    [(PickledTicket, assert_answers_as_a_tensor), (PickledText, assert_text)],
+)
+def test_a_pickled_step_s_output_is_hardly_larger_than_its_envelopes(
+    output: Any, form: Any, check: Callable[..., None]
+) -> None:
     """As SGLang sends it by default (``SGLANG_USE_PICKLE_IPC``)."""
     envelopes = [bytes([number]) * 233 for number in range(160)]
-    with_tickets = output([PickledTicket(envelope) for envelope in envelopes])
+    with_tickets = output([form(envelope) for envelope in envelopes])
     message = pickle.dumps(with_tickets, pickle.HIGHEST_PROTOCOL)
     without = pickle.dumps(output([None] * 160), pickle.HIGHEST_PROTOCOL)
     assert len(message) - len(without) <= 160 * (233 + 16) + 100
-    for text, envelope in zip(pickle.loads(message).routed_experts, envelopes, strict=True):
-        assert_text(text, envelope)
+    for arrived, envelope in zip(pickle.loads(message).routed_experts, envelopes, strict=True):
+        check(arrived, envelope)
 
 
 def test_sglang_s_msgpack_carries_a_tensor(output: Any) -> None:

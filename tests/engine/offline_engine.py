@@ -1,7 +1,8 @@
 """``sglang_bridge.Engine`` as a script: takes JSON questions on stdin, prints JSON answers.
 
 ``{"prompts": [...], "tokens": n, "api": "generate" | "async"}``: generate; the answers' meta_info
-and output ids. ``{"read": rid}``: read and release in this very process; the rows' sum.
+and output ids, and of which type their routes are. ``{"read": rid}``: read and release in this
+very process; the rows' sum.
 ``{"shutdown": true}``: end the engine, stay here.
 """
 
@@ -51,7 +52,13 @@ def main() -> None:
             found = engine.generate(
                 input_ids=question["prompts"], sampling_params=sampling, return_routed_experts=True
             )
-        answer([{"output_ids": one["output_ids"], "meta_info": one["meta_info"]} for one in found])
+        answer([_shown(one) for one in found])
+
+
+def _shown(one: dict[str, Any]) -> dict[str, Any]:
+    meta = one["meta_info"]
+    carried = type(meta["routed_experts"]).__name__
+    return {"output_ids": one["output_ids"], "meta_info": meta, "carried": carried}
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def test_an_offline_engine_hands_its_routes_to_another_process_by_rid(
     asked = prompts(3, 40, seed=1)
     answers = offline.ask(prompts=asked, tokens=8, api=api)
     for prompt, answer in zip(asked, answers, strict=True):
+        assert answer["carried"] == "str"  # which is pickled on without the bridge
         rid = answer["meta_info"]["id"]
         with ShmRouteReader(rid, arena=x1_arena) as by_rid, ShmRouteReader(answer) as by_ticket:
             assert by_rid.tokens == len(prompt) + 8 - 1
