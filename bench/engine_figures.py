@@ -9,7 +9,7 @@ works, not how fast.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ def _rates(figures: Figures, block: str, what: str, budget: float | None) -> Non
             alike = figures.traced(name) == figures.traced("off")
             limit = budget if name == "arena" and alike else None
             figures.add(f"{name} / off, {what}: output", share, "%", limit, "min")
-            _add_interval(figures, f"{name} / off, {what}: output", rates[name], rates["off"])
+            _add_interval(figures, f"{name} / off, {what}: output", rates, name, 100, "%")
 
 
 def _add_spread(figures: Figures, what: str, values: Sequence[float]) -> None:
@@ -153,19 +153,26 @@ def _add_spread(figures: Figures, what: str, values: Sequence[float]) -> None:
 
 
 def _add_interval(
-    figures: Figures, what: str, values: Sequence[float], held_against: Sequence[float]
+    figures: Figures,
+    what: str,
+    values: Mapping[str, Sequence[float]],
+    name: str,
+    scale: float,
+    unit: str,
 ) -> None:
-    """Between which bounds the ratio of two medians lies, by drawing the loads again."""
-    if min(len(values), len(held_against)) < INTERVAL_LOADS:
+    """Between which bounds a ratio of medians to that without routes lies, by drawing the loads
+    again; how engines of other starts differ it does not say.
+    """
+    if min(len(values[name]), len(values["off"])) < INTERVAL_LOADS:
         return
     random = np.random.default_rng(5)
     above, below = (
         np.median(random.choice(loads, (INTERVAL_DRAWS, len(loads))), axis=1)
-        for loads in (values, held_against)
+        for loads in (values[name], values["off"])
     )
-    low, high = np.percentile(100 * above / below, (2.5, 97.5))
-    figures.add(f"{what}, 95% interval, low", low, "%")
-    figures.add(f"{what}, 95% interval, high", high, "%")
+    low, high = np.percentile(scale * above / below, (2.5, 97.5))
+    figures.add(f"{what}, 95% interval, low", low, unit)
+    figures.add(f"{what}, 95% interval, high", high, unit)
 
 
 # -- inter-token latency -------------------------------------------------------------------------
@@ -185,13 +192,13 @@ def _inter_token(figures: Figures) -> None:
     names = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("itl", ()))
     for length in names:
         for quantile, of, limit in QUANTILES:
-            medians = {}
+            values, medians = {}, {}
             for name in CONFIGURATIONS:
                 loads = [one for one in figures.loads(name, "itl") if one["name"] == length]
                 each = [of(load["gaps"]) for load in loads if load["gaps"]]
                 if not each:
                     continue
-                medians[name] = statistics.median(each)
+                values[name], medians[name] = each, statistics.median(each)
                 what = f"{name}, {length} requests finish: ITL {quantile}"
                 figures.add(f"{what}, median of {len(each)} runs", medians[name], "ms")
                 if quantile == "max":
@@ -202,6 +209,7 @@ def _inter_token(figures: Figures) -> None:
                     ratio = medians[name] / medians["off"]
                     what = f"{name} / off, {length} requests finish: ITL {quantile}"
                     figures.add(what, ratio, "x", budget)
+                    _add_interval(figures, what, values, name, 1, "x")
 
 
 # -- from the last token to the rows -------------------------------------------------------------

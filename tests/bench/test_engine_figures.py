@@ -108,3 +108,20 @@ def test_a_ratio_of_many_loads_says_between_which_bounds_it_lies():
     assert 99.0 <= rows[f"{what}, 95% interval, low"].value < rows[what].value
     assert rows[what].value < rows[f"{what}, 95% interval, high"].value <= 99.8
     assert not any("interval" in name for name in rows_of_turns([99.0] * 3, [100.0] * 4))
+
+
+def test_so_does_one_of_inter_token_latencies():
+    def load(gap):
+        gaps = [20.0] * 50 + [gap] * 50
+        return {"name": "8K", "gaps": gaps, "windows_cut": 0, "route_bytes": 0}
+
+    runs = [turn_of("off", 100.0, 1.0, 0) for _ in range(4)]
+    runs += [turn_of("arena", 100.0, 2.0, 1) for _ in range(4)]
+    for run, gap in zip(runs, [20, 21, 22, 23, 22, 23, 24, 25], strict=True):
+        run["itl"] = [load(gap)]
+    rows = {row.name: row for row in result_rows(runs)}
+    what = "arena / off, 8K requests finish: ITL max"
+    low, high = (rows[f"{what}, 95% interval, {bound}"].value for bound in ("low", "high"))
+    assert rows[what].value == pytest.approx(23.5 / 21.5)
+    assert low < rows[what].value < high
+    assert rows[f"{what}, 95% interval, low"].unit == "x"
