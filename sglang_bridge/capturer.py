@@ -99,11 +99,17 @@ class ArenaCapturer(RoutedExpertsCapturer):
             device,
             name="routed_experts",
         )
-        self.device_cache.buffer.fill_(-1)
-        # One view for all forwards: their rows are the first ones, unless ranks share the buffer.
-        self._every_row = self.device_cache.buffer[:, :, : self.topk_size]
-        self._layers = LayerViews(self._every_row)
+        self._buffer = self.device_cache.buffer.fill_(-1)
         self._shares_buffer = is_dp_attention_enabled()
+        # Where ranks share the buffer, SGLang alone tells whose rows are whose, in its own.
+        self._copies = _is_owner() and not (self.shadow and self._shares_buffer)
+        if self.shadow and self._copies:
+            # SGLang's way gets its own copies, into a buffer that it alone has: with ours in it
+            # it would be compared with itself.
+            self._buffer = torch.full_like(self._buffer, -1)
+        # One view for all forwards: their rows are the first ones, unless ranks share the buffer.
+        self._every_row = self._buffer[:, :, : self.topk_size]
+        self._layers = LayerViews(self._every_row)
         self._decode_graphs: DecodeGraphs | None = None
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
@@ -115,6 +121,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
     def _own(
         self, settings: Settings, model: torch.nn.Module, model_config: Any, device: str
     ) -> None:
+        arguments = resolved_arguments(get_server_args())
         routes = route_layout(
             model,
             model_name=str(model_config.model_path),
@@ -138,7 +145,6 @@ class ArenaCapturer(RoutedExpertsCapturer):
             maintained=True,
             in_background=True,
         )
-        arguments = resolved_arguments(get_server_args())
         publisher = Publisher(
             arena,
             self.epochs,
@@ -152,7 +158,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         publisher.counters.set("table_device_bytes", self.table.device_bytes)
         publisher.start()
         if self.table.device.type == "cuda" and not self._shares_buffer:
-            self._store_in_decode_graphs()
+            self._store_in_decode_graphs(arguments)
         self.table.compile(self._every_row[:1])
         self.publisher = publisher
         logger.warning(
@@ -172,18 +178,12 @@ class ArenaCapturer(RoutedExpertsCapturer):
             "; shadow mode" if settings.shadow else "",
         )
 
-    def _store_in_decode_graphs(self) -> None:
-        if not decode_graphs_store_routes(resolved_arguments(get_server_args())):
+    def _store_in_decode_graphs(self, arguments: Any) -> None:
+        if not decode_graphs_store_routes(arguments):
             return
         from .decode_graphs import DecodeGraphs  # needs Triton, which not every CPU build has
 
-        buffer = self.device_cache.buffer
-        if self.shadow:
-            # SGLang's way gets its copies at once, into a buffer that it alone has.
-            buffer = torch.full_like(buffer, -1)
-            self._every_row = buffer[:, :, : self.topk_size]
-            self._layers = LayerViews(self._every_row)
-        self._decode_graphs = DecodeGraphs(self.table, buffer, decode_graph_capture_reader())
+        self._decode_graphs = DecodeGraphs(self.table, self._buffer, decode_graph_capture_reader())
 
     def look_at(self, runner: Any) -> None:
         """See the model runner that made this capturer, before it captures any graph."""
@@ -203,11 +203,11 @@ class ArenaCapturer(RoutedExpertsCapturer):
         unread = self.publisher is None and not self.shadow
         if unread or topk_indices.shape[0] > self.device_cache.buffer.shape[0]:
             return
+        if self.shadow:
+            super().capture(layer_id, topk_indices)
         graphs = self._decode_graphs
-        if graphs is None or not graphs.keep(layer_id, topk_indices):
+        if self._copies and (graphs is None or not graphs.keep(layer_id, topk_indices)):
             self._layers.copy(layer_id, topk_indices)
-        if self.shadow and graphs is not None:
-            super().capture(layer_id, topk_indices)  # into SGLang's own buffer
 
     def on_forward_begin(self, forward_batch: Any) -> None:
         """Keep what the forward is about: token ids, positions, KV locations, unpadded.

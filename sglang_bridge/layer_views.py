@@ -2,7 +2,7 @@
 
 Problem: outside a decode graph every layer copies its routes when its router has made them. Slices
 and the copy are several calls of torch's, each in caches that the layers' own work has filled. A
-prefill of 8,192 tokens on an H200 whose host was slow spent 119 ms launching kernels with routes
+prefill of 8,192 tokens on an H200 whose host was slow spent 118 ms launching kernels with routes
 off and 135 ms with them, so that it, and not the GPU, said how long the prefill took (the scheduler
 thread's trace of ``bench/engine.py --rounds 5 --trace``, at 3bfcdd2).
 

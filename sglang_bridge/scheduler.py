@@ -107,6 +107,7 @@ def _streamed(
     reqs: Iterable[Any],
     _return_logprob: bool = False,
     skip_req: Any = None,
+    *_arguments: Any,
     **_options: Any,
 ) -> None:
     """Once a step: around the response of each request it would cost what all else costs."""

@@ -389,7 +389,7 @@ def test_the_kv_cache_may_go_without_a_capturer_of_ours(sglang: SimpleNamespace)
 
 
 @pytest.fixture
-def make_rank(sglang: SimpleNamespace, arena_name: str) -> Iterator[Callable[[int], Any]]:
+def make_rank(sglang: SimpleNamespace, arena_name: str) -> Iterator[Callable[..., Any]]:
     """The capturer of either attention-TP rank of two, made as its scheduler makes it."""
     import moe_layers
     from sglang.srt.runtime_context import get_context, get_parallel
@@ -408,13 +408,13 @@ def make_rank(sglang: SimpleNamespace, arena_name: str) -> Iterator[Callable[[in
         is_multimodal=False,
     )
     with ExitStack() as ending:
-        ending.enter_context(get_context().override_server_args(tp_size=2))
+        ending.enter_context(get_context().override_server_args(tp_size=2, chunked_prefill_size=64))
 
-        def make(number: int) -> Any:
+        def make(number: int, *, shadow: bool = False) -> Any:
             ranks = {"tp_rank": number, "attn_tp_rank": number, "pp_rank": 0, "attn_cp_rank": 0}
             ending.enter_context(get_parallel().override(**ranks))
             capturer = ArenaCapturer(
-                Settings(arena=arena_name, capacity=1 << 20, slots=8),
+                Settings(arena=arena_name, capacity=1 << 20, slots=8, shadow=shadow),
                 model=model,
                 model_config=config,
                 num_tokens=LOCATIONS,
@@ -481,3 +481,24 @@ def test_another_rank_s_forwards_requests_and_updates_go_by_without_a_trace(
     resume(None)
     assert arena_files(arena_name) == []
     assert not caplog.records
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_in_shadow_mode_sglang_s_way_has_its_own_copies_of_what_routers_made(
+    make_rank: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """With our copies in its buffer it would agree with whatever they are."""
+    from sglang.srt.state_capturer import base
+
+    def pageable(shape: tuple[int, ...], *, dtype: torch.dtype, **_: Any) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    monkeypatch.setitem(base.ALLOC_MEMORY_FUNCS, "cpu", pageable)
+    capturer = make_rank(number, shadow=True)
+    monkeypatch.setattr(capturer._layers, "copy", lambda *_: capturer._every_row.fill_(7))
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6], [8, 9]], dtype=torch.int32)
+    for layer in range(3):
+        capturer.capture(layer, ids)
+    assert torch.equal(capturer.device_cache.buffer[:4], ids[:, None].expand(4, 3, 2))
+    if number == 0:
+        assert (capturer._every_row == 7).all()
