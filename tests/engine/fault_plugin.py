@@ -67,21 +67,32 @@ def _rename(target: str) -> None:
 
 
 def _perturbed() -> None:
+    """What the native path reads and what shmroute does, each in its own capture buffer."""
     from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 
-    original = RoutedExpertsCapturer._get_local_slice
+    from sglang_bridge.table import RouteTable
+
+    original, scatter = RoutedExpertsCapturer._get_local_slice, RouteTable.scatter
+
+    def perturb(captured: Any, locations: Any) -> None:
+        salt = json.loads(_flag("salt").read_text())["by"] if _flag("salt").exists() else 0
+        captured.add_(locations[: len(captured), None, None].to(captured.dtype) + salt)
+        captured.remainder_(int(os.environ["FAULT_EXPERTS"]))
 
     @functools.wraps(original)
     def by_location(self: Any, forward_batch: Any, *arguments: Any, **options: Any) -> Any:
         captured = original(self, forward_batch, *arguments, **options)
-        locations = forward_batch.out_cache_loc[: len(captured), None, None]
-        salt = json.loads(_flag("salt").read_text())["by"] if _flag("salt").exists() else 0
-        # In the capture buffer: the native path, which comes first, and shmroute read the same.
-        captured.add_(locations.to(captured.dtype) + salt)
-        captured.remainder_(int(os.environ["FAULT_EXPERTS"]))
+        perturb(captured, forward_batch.out_cache_loc)
         return captured
 
+    def scatter_by_location(
+        self: Any, captured: Any, locations: Any, tokens: Any, *arguments: Any
+    ) -> None:
+        perturb(captured[: len(tokens)], locations)
+        scatter(self, captured, locations, tokens, *arguments)
+
     RoutedExpertsCapturer._get_local_slice = by_location
+    RouteTable.scatter = scatter_by_location
 
 
 def _lost() -> None:
