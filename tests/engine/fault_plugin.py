@@ -184,10 +184,10 @@ def _short() -> None:
     begin, kept = ArenaCapturer.on_forward_begin, {}
 
     def shortening(self: Any, forward_batch: Any) -> None:
-        whole = kept.setdefault("buffer", self.device_cache.buffer)
+        whole, ours = kept.setdefault("buffers", (self.device_cache.buffer, self._buffer))
         rows = int(os.environ["FAULT_ROWS"]) if _flag("short").exists() else len(whole)
         self.device_cache.buffer = whole[:rows]
-        self._every_row = self.device_cache.buffer[:, :, : self.topk_size]
+        self._every_row = ours[:rows, :, : self.topk_size]
         begin(self, forward_batch)
 
     ArenaCapturer.on_forward_begin = shortening
