@@ -8,8 +8,9 @@ memory, measured in the same run. Host times are of the calling thread, p50 and 
 rounds; GPU times are between events.
 
 The scatter is measured three ways: the fused kernel, the eager torch form, and that form in a
-captured CUDA graph, whose static inputs have to be filled first. The trainer's part runs in a
-process of its own, see `gpu_trainer`.
+captured CUDA graph, whose static inputs have to be filled first. All that a forward outside of
+graphs does for its routes is measured two ways: the routers' tensors kept until its end, and each
+layer's copied. The trainer's part runs in a process of its own, see `gpu_trainer`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from gpu_timing import Rows, figure, gbs, gpu_us, host_us, percentiles
 from result_file import Row
 
 import shmroute
+from sglang_bridge.eager_forwards import EagerForwards
 from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.finished import Finished
 from sglang_bridge.gather_device import DeviceGatherer
+from sglang_bridge.layer_views import LayerViews
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from sglang_bridge.ticket_tensor import PickledText
@@ -264,6 +267,49 @@ def _captured(table: RouteTable, buffer: torch.Tensor, static: list[torch.Tensor
     return graph
 
 
+def forwards(made: Rig, rounds: int) -> Rows:
+    """What a prefill outside of graphs adds: 48 layers, and what follows at the forward's end."""
+    del made
+    tokens, layers = 8192, ROUTES.layer_ids
+    scores = torch.rand((len(layers), tokens, 128), device=DEVICE)
+    routers = [one.topk(8, dim=-1).indices.to(torch.int32).contiguous() for one in scores]
+    del scores
+    where = torch.randperm(KV_TOKENS - 1, device=DEVICE)[:tokens] + 1
+    ids = torch.randint(0, VOCABULARY, (tokens,), device=DEVICE)
+    given = where, ids, torch.arange(tokens, device=DEVICE)
+    table = RouteTable(ROUTES, KV_TOKENS, DEVICE, vocabulary=VOCABULARY)
+    buffer = torch.full((tokens, len(layers), 8), -1, dtype=torch.int32, device=DEVICE)
+    views = LayerViews(buffer)
+    eager = EagerForwards(table, 8, views)
+
+    def kept() -> None:
+        eager.begin()
+        for layer, tensor in zip(layers, routers, strict=True):
+            eager.keep(layer, tensor)
+        if not eager.store(*given, 0):
+            raise RuntimeError("the forward's routes went through the capture buffer")
+
+    def copied() -> None:
+        for layer, tensor in zip(layers, routers, strict=True):
+            views.copy(layer, tensor)
+        table.scatter(buffer, *given, 0)
+
+    rows = []
+    between = OtherWork()
+    one_layer = {"kept": eager.keep, "copied": views.copy}
+    for name, form in (("kept", kept), ("copied", copied)):
+        form()
+        label = f"routes of a forward of {tokens} tokens, layers {name}"
+        rows += percentiles(f"{label}, host", host_us(form, rounds), None, None)
+        rows.append(
+            Row(f"{label}, GPU", figure(gpu_us(form, max(20, rounds // 4), 4_000_000)), "us")
+        )
+        layer = functools.partial(one_layer[name], layers[0], routers[0])
+        cold = [_timed(layer, between) for _ in range(max(10, rounds // 10))]
+        rows += percentiles(f"{label}, one layer, cold caches", cold, None, None)
+    return rows
+
+
 # -- the end of requests ---------------------------------------------------------------------------
 
 
@@ -434,7 +480,8 @@ def main() -> int:
     with rig() as made:
         if not made.gatherer.page_lock.wait(60):
             print(f"the arena is not page-locked: {made.gatherer.page_lock.refused}")
-        for part in (copies, scatter, finishes, cold_finishes, waits, snapshots, trainer):
+        parts = copies, scatter, forwards, finishes, cold_finishes, waits, snapshots, trainer
+        for part in parts:
             began = time.monotonic()
             rows += part(made, rounds)
             print(f"{part.__name__}: {time.monotonic() - began:.1f} s", flush=True)

@@ -25,13 +25,15 @@ def host_us(function: Callable[[], Any], rounds: int) -> np.ndarray:
     return np.array(times)
 
 
-def gpu_us(function: Callable[[], Any], rounds: int) -> float:
-    """Median microseconds between two events around it, on the current stream."""
+def gpu_us(function: Callable[[], Any], rounds: int, cycles: int = 200_000) -> float:
+    """Median microseconds between two events around it, on the current stream; so many cycles of
+    the GPU's clock are there to queue it.
+    """
     times = []
     for _ in range(rounds):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        torch.cuda._sleep(200_000)  # so that launches are queued before they run
+        torch.cuda._sleep(cycles)
         first.record()
         function()
         last.record()

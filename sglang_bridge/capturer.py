@@ -2,7 +2,8 @@
 
 It keeps SGLang's capture buffer (each layer writes ``[tokens, layer, top_k]`` into it) and replaces
 what comes after: instead of a copy to a host cache at each step, one scatter into the route table.
-A decode graph stores its routes in the table itself (``decode_graphs``).
+On a GPU most forwards go without that buffer: a decode graph stores its routes in the table itself
+(``decode_graphs``), and outside of graphs the routers' own tensors are read (``eager_forwards``).
 
 Every rank has one, since models branch on whether a capturer exists. Only the owner (pipeline,
 attention-TP and attention-CP rank 0) has a table and an arena; the others capture nothing. That
@@ -52,10 +53,12 @@ from .versions import (
     fused_shared_experts,
     kv_locations_reader,
     resolved_arguments,
+    routes_stay,
 )
 
 if TYPE_CHECKING:
     from .decode_graphs import DecodeGraphs
+    from .eager_forwards import EagerForwards
 
 logger = logging.getLogger("shmroute")
 
@@ -111,6 +114,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         self._every_row = self._buffer[:, :, : self.topk_size]
         self._layers = LayerViews(self._every_row)
         self._decode_graphs: DecodeGraphs | None = None
+        self._eager: EagerForwards | None = None
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
         self._warmed_up = True  # through the capture buffer, most likely
@@ -158,7 +162,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         publisher.counters.set("table_device_bytes", self.table.device_bytes)
         publisher.start()
         if self.table.device.type == "cuda" and not self._shares_buffer:
-            self._store_in_decode_graphs(arguments)
+            self._read_routers(arguments)
         self.table.compile(self._every_row[:1])
         self.publisher = publisher
         logger.warning(
@@ -178,12 +182,18 @@ class ArenaCapturer(RoutedExpertsCapturer):
             "; shadow mode" if settings.shadow else "",
         )
 
-    def _store_in_decode_graphs(self, arguments: Any) -> None:
-        if not decode_graphs_store_routes(arguments):
-            return
-        from .decode_graphs import DecodeGraphs  # needs Triton, which not every CPU build has
+    def _read_routers(self, arguments: Any) -> None:
+        """Have routes read off the routers' own tensors, where they stay."""
+        # These need Triton, which not every CPU build has.
+        from .decode_graphs import DecodeGraphs
+        from .eager_forwards import EagerForwards
 
-        self._decode_graphs = DecodeGraphs(self.table, self._buffer, decode_graph_capture_reader())
+        if decode_graphs_store_routes(arguments):
+            capturing = decode_graph_capture_reader()
+            self._decode_graphs = DecodeGraphs(self.table, self._buffer, capturing)
+        if routes_stay(arguments):
+            self._eager = EagerForwards(self.table, self._buffer.shape[2], self._layers)
+            self._eager.compile()
 
     def look_at(self, runner: Any) -> None:
         """See the model runner that made this capturer, before it captures any graph."""
@@ -205,9 +215,18 @@ class ArenaCapturer(RoutedExpertsCapturer):
             return
         if self.shadow:
             super().capture(layer_id, topk_indices)
-        graphs = self._decode_graphs
-        if self._copies and (graphs is None or not graphs.keep(layer_id, topk_indices)):
+        if self._copies and not self._keep(layer_id, topk_indices):
             self._layers.copy(layer_id, topk_indices)
+
+    def _keep(self, layer_id: int, ids: torch.Tensor) -> bool:
+        """Whether a layer's routes need no copy, since they will be read where they are."""
+        if torch.compiler.is_compiling():
+            return False  # what is traced runs without this code
+        eager, graphs = self._eager, self._decode_graphs
+        # Outside a forward graphs warm up or are captured.
+        if eager is not None and self._entry is not None and eager.keep(layer_id, ids):
+            return True
+        return graphs is not None and graphs.keep(layer_id, ids)
 
     def on_forward_begin(self, forward_batch: Any) -> None:
         """Keep what the forward is about: token ids, positions, KV locations, unpadded.
@@ -238,6 +257,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
         if self._multimodal and forward_batch.contains_mm_inputs():
             tokens = tokens.clone()
         locations = _kv_locations(forward_batch)
+        if self._eager is not None:
+            self._eager.begin()
         self._entry = _Entry(number, tokens, forward_batch.positions, locations, decodes)
 
     def on_forward_end(
@@ -300,8 +321,10 @@ class ArenaCapturer(RoutedExpertsCapturer):
             if min(lengths) < count:
                 # Locations without new rows would keep a former occupant's, tags and all.
                 raise RuntimeError(f"{lengths} locations and positions for {count} tokens")
+            inputs = entry.locations, entry.tokens, entry.positions
             epoch = self.epochs.mark_used()
-            self.table.scatter(captured, entry.locations, entry.tokens, entry.positions, epoch)
+            if self._eager is None or not self._eager.store(*inputs, epoch):
+                self.table.scatter(captured, *inputs, epoch)
         except Exception:
             # The KV of this forward was written, its routes were not: every tag is in doubt.
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")

@@ -35,21 +35,20 @@ that right:
                                      moved: both are read from device memory, too, and put there
                                      before the first forward that they hold for
 
-Only what one stream capture holds from the first MoE layer to the end is kept; everything else
-(prefill, eager decode, a graph with a tensor of another form) goes through the capture buffer.
+Only what one stream capture holds from the first MoE layer to the end is kept. A graph with a
+tensor of another form goes through the capture buffer.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .table import RouteTable
-from .tags import EPOCH_MASK
+from .router_outputs import RouterOutputs
+from .table import STATE_FIELDS, RouteTable
 
 _GRAPHS_MAX = 1024
 
@@ -72,14 +71,14 @@ class DecodeGraphs:
     ) -> None:
         self._table, self._buffer, self._capturing = table, buffer, capturing
         self._layers = table.routes.layer_ids
-        self._place = {number: at for at, number in enumerate(self._layers)}
-        self._scatter = table.graph_scatter(columns=buffer.shape[2])
+        self._outputs = RouterOutputs(self._layers, buffer.shape[2])
+        self._scatter = table.address_scatter(columns=buffer.shape[2])
+        self._state = torch.zeros(STATE_FIELDS, dtype=torch.int64, device=buffer.device)
         shape = _GRAPHS_MAX, len(self._layers)
         self._addresses = torch.zeros(shape, dtype=torch.int64, device=buffer.device)
         self._known = torch.zeros(shape, dtype=torch.int64)
         self._graphs, self._there = 0, 0
         self._told: tuple[int, int] | None = None
-        self._kept: dict[int, torch.Tensor] = {}
         self._storing: dict[int, bool] = {}
         self._runner: weakref.ref[Any] | None = None
         self._warm: tuple[int, ...] = ()
@@ -94,23 +93,13 @@ class DecodeGraphs:
         ids
             ``int32 [tokens, columns]``, contiguous.
         """
-        place = self._place.get(layer_id)
+        outputs = self._outputs
+        place = outputs.place(layer_id)
         if place is None or not self._capturing():
             return False
-        if any(place <= earlier for earlier in self._kept):
-            self._kept.clear()  # of a capture that was given up
-        fits = self._fits(ids)
-        if fits:
-            self._kept[place] = ids
-        return fits
-
-    def _fits(self, ids: torch.Tensor) -> bool:
-        return (
-            self._graphs < _GRAPHS_MAX
-            and ids.dtype == torch.int32
-            and ids.shape[1] == self._buffer.shape[2]
-            and ids.is_contiguous()
-        )
+        if any(place <= earlier for earlier in outputs.kept):
+            outputs.kept.clear()  # of a capture that was given up
+        return self._graphs < _GRAPHS_MAX and outputs.keep(place, ids)
 
     def end_capture(self, runner: Any, _output: Any, forward_batch: Any, tokens: int) -> None:
         """SGLang's hook at the end of a decode graph's forward: two times to warm up, then once
@@ -125,25 +114,30 @@ class DecodeGraphs:
         if not self._capturing():
             self._warm_up(runner, forward_batch)
             return
-        kept, self._kept = self._kept, {}
-        if not _apart(kept.values()):
+        outputs = self._outputs
+        try:
+            self._put_at_end(outputs, forward_batch, tokens)
+        finally:
+            outputs.kept.clear()
+
+    def _put_at_end(self, outputs: RouterOutputs, batch: Any, tokens: int) -> None:
+        if not outputs.apart():
             raise RuntimeError(
                 "two layers' routers write to the same memory in a decode graph, from which the "
                 "routes of both cannot be read: start with --disable-cuda-graph"
             )
-        stores = self._can_store(kept, forward_batch, tokens)
+        stores = self._can_store(outputs, batch, tokens)
         if self._storing.setdefault(tokens, stores) != stores:
             raise RuntimeError(
                 f"two decode graphs for {tokens} tokens, whose routers' outputs are not of one "
                 "form: start with --disable-cuda-graph"
             )
         if not stores:
-            for place, ids in kept.items():
+            for place, ids in outputs.kept.items():
                 self._buffer[: len(ids), self._layers[place]] = ids
             return
-        for place, ids in kept.items():
-            self._known[self._graphs, place] = ids.data_ptr()
-        self._store(forward_batch)
+        self._known[self._graphs] = torch.tensor(outputs.addresses())
+        self._store(batch)
         self._graphs += 1
 
     def _warm_up(self, runner: Any, batch: Any) -> None:
@@ -156,18 +150,17 @@ class DecodeGraphs:
         if self._graphs < _GRAPHS_MAX:
             self._store(batch)  # from no addresses: for the compiler's sake
 
-    def _can_store(self, kept: dict[int, torch.Tensor], batch: Any, tokens: int) -> bool:
+    def _can_store(self, outputs: RouterOutputs, batch: Any, tokens: int) -> bool:
         inputs = batch.input_ids, batch.positions, batch.out_cache_loc
         return (
-            len(kept) == len(self._place)
-            and all(len(ids) == tokens for ids in kept.values())
-            and all(len(one) == tokens for one in inputs)
+            outputs.hold(tokens)
+            and all(len(one) == tokens for one in (*outputs.kept.values(), *inputs))
             and _places(batch) == self._warm
         )
 
     def _store(self, batch: Any) -> None:
-        addresses = self._addresses[self._graphs]
-        self._scatter(addresses, batch.out_cache_loc, batch.input_ids, batch.positions)
+        given = batch.out_cache_loc, batch.input_ids, batch.positions
+        self._scatter(self._addresses[self._graphs], self._state, *given)
 
     # -- at each forward ---------------------------------------------------------------------
 
@@ -178,10 +171,8 @@ class DecodeGraphs:
         """
         now = epoch, self._table.moves
         if now != self._told:
-            rows, tags = self._table.rows, self._table.tags
-            state = rows.data_ptr(), tags.data_ptr(), epoch & EPOCH_MASK
             # Pageable, here and below: the call returns when the values have left, and is rare.
-            self._scatter.state.copy_(torch.tensor(state, dtype=torch.int64))
+            self._state.copy_(torch.tensor(self._table.state(epoch), dtype=torch.int64))
             self._told = now
         if self._there == self._graphs:
             return False
@@ -199,9 +190,3 @@ def _places(batch: Any) -> tuple[int, ...]:
     """Addresses of a decode batch's inputs."""
     inputs = batch.input_ids, batch.positions, batch.out_cache_loc
     return tuple(one.data_ptr() for one in inputs)
-
-
-def _apart(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no two tensors share memory."""
-    spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors)
-    return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))

@@ -2,8 +2,9 @@
 
 One launch each, because the scheduler thread pays for launches and not for bytes: as eager
 torch the scatter took eight (cast, tag, checks, two index copies, refill). ``table`` has the
-torch forms, which run on a CPU and are the reference in tests. A decode graph brings a scatter
-of its own along, which nobody launches (``decode_graphs``).
+torch forms, which run on a CPU and are the reference in tests. Of two scatters one reads the
+capture buffer, and the other the routers' own tensors by their addresses (``router_outputs``); of
+these a decode graph brings one along, which nobody launches.
 
 Integers that change from step to step are not specialised on, and neither are the alignments
 of the inputs: a new combination would compile for 100 ms or more in the middle of serving.
@@ -26,6 +27,7 @@ from .tags import EPOCH_MASK, EPOCH_SHIFT, FOREIGN_TOKEN, INVALID, POSITION_SHIF
 GATHER_ROWS = 32
 
 _INPUTS = ("captured", "locations", "tokens", "positions")
+_GIVEN = ("addresses", "state", "locations", "tokens", "positions")
 # What the table's rows are stored as.
 _ELEMENTS = {torch.uint8: tl.uint8, torch.int16: tl.int16}
 
@@ -131,8 +133,8 @@ def _scatter_kernel(  # type: ignore[no-untyped-def]
     tl.store(source, tl.full(ids.shape, -1, tl.int32), mask=inside)
 
 
-@triton.jit
-def _graph_scatter_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize_on_alignment=list(_GIVEN))
+def _address_scatter_kernel(  # type: ignore[no-untyped-def]
     addresses,
     state,
     locations,
@@ -335,11 +337,12 @@ class Scatter:
             self._launch(key, (count, 1, 1), None, *given, number, self._vocabulary)
 
 
-class GraphScatter:
-    """The scatter that a decode graph captures, for one table.
+class AddressScatter:
+    """The scatter that reads the routers' own tensors, for one table.
 
-    A graph repeats its launch as it was captured, so what may change until it is replayed is read
-    from device memory: ``state``, ``int64 [3]``, the addresses of rows and tags, and the epoch.
+    A decode graph repeats its launch as it was captured, so what may change until it is replayed
+    is read from device memory: ``state``, ``int64 [STATE_FIELDS]``, is the address of the rows,
+    that of the tags, and the epoch (``RouteTable.state``).
 
     Parameters
     ----------
@@ -358,33 +361,34 @@ class GraphScatter:
         top_k: int,
         vocabulary: int,
     ) -> None:
-        self.state = torch.zeros(3, dtype=torch.int64, device=tags.device)
         element = _ELEMENTS[rows.dtype]
-        self._constants = (
-            vocabulary,
-            columns,
-            element,
-            *_stored_as(len(tags), layers, top_k, num_experts),
-        )
+        stored = _stored_as(len(tags), layers, top_k, num_experts)
+        constants = vocabulary, columns, element, *stored
+        self._launch = Launcher(_address_scatter_kernel, constants, tags.device)
 
     def __call__(
         self,
         addresses: torch.Tensor,
+        state: torch.Tensor,
         locations: torch.Tensor,
         tokens: torch.Tensor,
         positions: torch.Tensor,
     ) -> None:
-        """Launch, most often into a capture, on the current stream.
+        """Launch, or put into a capture, on the current stream.
 
         Parameters
         ----------
         addresses
-            ``int64 [layers]`` on the device: of each layer's ``int32 [n, columns]``.
+            ``int64 [layers]`` on the device, like ``state``: of each layer's ``int32 [at least n,
+            columns]``.
         tokens
-            ``[n]`` integers, like ``locations`` and ``positions``, read when the graph runs.
+            ``[n]`` integers; ``locations`` and ``positions`` may be longer. Read when the kernel
+            runs.
         """
-        given = addresses, self.state, locations, tokens, positions
-        _graph_scatter_kernel[(len(tokens),)](*given, *self._constants, num_warps=4)
+        if len(tokens):
+            key = locations.dtype, tokens.dtype, positions.dtype
+            given = addresses, state, locations, tokens, positions
+            self._launch(key, (len(tokens), 1, 1), None, *given)
 
 
 def _stored_as(locations: int, layers: int, top_k: int, num_experts: int) -> tuple[int, ...]:

@@ -23,16 +23,18 @@ from shmroute import RouteLayout
 from shmroute.pinned import pinned_tensor
 
 from .errors import StartRefused
-from .tags import INVALID, make_tags
+from .tags import EPOCH_MASK, INVALID, make_tags
 
 if TYPE_CHECKING:
-    from .kernels import GraphScatter, Scatter
+    from .kernels import AddressScatter, Scatter
 
 logger = logging.getLogger("shmroute")
 
 # torch has no scatter for uint16: the same 16 bits travel as int16.
 _STORAGE = {1: torch.uint8, 2: torch.int16}
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+# Numbers in ``RouteTable.state``.
+STATE_FIELDS = 3
 
 
 class RouteTable:
@@ -180,11 +182,11 @@ class RouteTable:
             vocabulary=self._vocabulary,
         )
 
-    def graph_scatter(self, *, columns: int) -> GraphScatter:
-        """The scatter for decode graphs, whose routers' tensors have so many columns."""
-        from .kernels import GraphScatter  # as above
+    def address_scatter(self, *, columns: int) -> AddressScatter:
+        """The scatter out of the routers' own tensors, which have so many columns; no fence."""
+        from .kernels import AddressScatter  # as above
 
-        return GraphScatter(
+        return AddressScatter(
             self.rows,
             self.tags,
             layers=len(self.routes.layer_ids),
@@ -193,6 +195,12 @@ class RouteTable:
             top_k=self.routes.top_k,
             vocabulary=self._vocabulary,
         )
+
+    def state(self, epoch: int) -> tuple[int, ...]:
+        """What that scatter reads from device memory, ``STATE_FIELDS`` numbers: where rows and
+        tags are now, and the epoch.
+        """
+        return self.rows.data_ptr(), self.tags.data_ptr(), epoch & EPOCH_MASK
 
     def compile(self, captured: torch.Tensor) -> None:
         """Scatter one row to no location, so that no forward waits for the kernel's compiler.

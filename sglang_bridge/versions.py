@@ -136,19 +136,30 @@ def data_parallel_ranks() -> int:
     return int(parallel.dp_size if is_older() else parallel.num_dp_ranks)
 
 
+def routes_stay(arguments: Any) -> bool:
+    """Whether the tensor that a router hands over holds its routes until the forward's end.
+
+    Not where a compiler plans the memory, and where experts on the CPU or on other ranks have
+    ``topk_ids`` rewritten. ``arguments`` as resolved.
+    """
+    return bool(
+        not arguments.enable_torch_compile
+        and arguments.kt_weight_path is None
+        and arguments.ep_size == 1
+    )
+
+
 def decode_graphs_store_routes(arguments: Any) -> bool:
     """Whether a decode graph has, at its end, all that its routes are stored with.
 
-    Not where a graph is cut into pieces, where a compiler plans the memory, where experts on the
-    CPU or on other ranks have ``topk_ids`` rewritten, where a graph's KV locations are not those of
-    ``req_to_token``, and where a prefill graph is captured as a decode graph is (a whole one, with
-    LoRA), which ``decode_graph_capture_reader`` cannot tell from one. ``arguments`` as resolved.
+    Not where its routers' tensors do not, where a graph is cut into pieces, where a graph's KV
+    locations are not those of ``req_to_token``, and where a prefill graph is captured as a decode
+    graph is (a whole one, with LoRA), which ``decode_graph_capture_reader`` cannot tell from one.
+    ``arguments`` as resolved.
     """
     return bool(
-        arguments.cuda_graph_config.decode.backend == "full"
-        and not arguments.enable_torch_compile
-        and arguments.kt_weight_path is None
-        and arguments.ep_size == 1
+        routes_stay(arguments)
+        and arguments.cuda_graph_config.decode.backend == "full"
         and not arguments.enable_unified_memory
         and arguments.cuda_graph_config.prefill.backend != "full"
     )

@@ -985,6 +985,38 @@ _BRIDGE = (
         ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
     ),
     Guard(
+        "routes of layers that share memory, outside of graphs",
+        "of two of which only one is left, neither is believed",
+        "sglang_bridge/eager_forwards.py",
+        "            if not outputs.apart():",
+        "            if False:",
+        ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
+    ),
+    Guard(
+        "a forward of which only a part was kept",
+        "what graphs or compiled code have written into the buffer is not overlooked",
+        "sglang_bridge/eager_forwards.py",
+        "if not (self._whole and outputs.hold(len(tokens))):",
+        "if False:",
+        ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
+    ),
+    Guard(
+        "the wait of a forward's kernel for the last gather",
+        "a location that is used again does not change a finished request's rows",
+        "sglang_bridge/eager_forwards.py",
+        "        self._table.fence()\n",
+        "",
+        ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
+    ),
+    Guard(
+        "routes kept inside a forward only",
+        "what warms a graph up is not taken for a forward's, and the buffer is refilled after it",
+        "sglang_bridge/capturer.py",
+        "if eager is not None and self._entry is not None and eager.keep(layer_id, ids):",
+        "if eager is not None and eager.keep(layer_id, ids):",
+        ("bridge/test_capturer.py::test_outside_of_forwards_and_in_a_compiler_routes_are_copied",),
+    ),
+    Guard(
         "a decode graph told where the table is",
         "a graph writes into no memory that was given back",
         "sglang_bridge/decode_graphs.py",
@@ -1203,13 +1235,30 @@ _GPU = (
     ),
     Guard(
         "layers' routes kept until they are read",
-        "no later layer is given their memory in a decode graph",
-        "sglang_bridge/decode_graphs.py",
-        "            self._kept[place] = ids\n",
+        "no later layer is given their memory, in a decode graph or outside",
+        "sglang_bridge/router_outputs.py",
+        "            self.kept[place] = ids\n",
         "            known = {'data_ptr': lambda _, at=ids.data_ptr(): at, "
-        "'__len__': lambda _, n=len(ids): n}\n"
-        "            self._kept[place] = type('Address', (), known)()\n",
-        ("gpu/test_decode_graphs.py::test_replays_store_the_routes_of_their_own_step",),
+        "'__len__': lambda _, n=len(ids): n, 'nbytes': 0}\n"
+        "            self.kept[place] = type('Address', (), known)()\n",
+        (
+            "gpu/test_decode_graphs.py::test_replays_store_the_routes_of_their_own_step",
+            "gpu/test_eager_forwards.py::"
+            "test_forwards_that_are_launched_ahead_each_store_their_own_routes",
+        ),
+        gpu=True,
+    ),
+    Guard(
+        "page-locked memory of its own for each forward's addresses",
+        "a forward that is launched ahead does not change what one before it reads",
+        "sglang_bridge/eager_forwards.py",
+        "given = torch.tensor(numbers, dtype=torch.int64, pin_memory=on_gpu)",
+        "given = vars(self).setdefault('_one', torch.empty(len(numbers), dtype=torch.int64, "
+        "pin_memory=on_gpu)).copy_(torch.tensor(numbers))",
+        (
+            "gpu/test_eager_forwards.py::"
+            "test_forwards_that_are_launched_ahead_each_store_their_own_routes",
+        ),
         gpu=True,
     ),
     Guard(

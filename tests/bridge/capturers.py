@@ -39,7 +39,8 @@ class WithoutModel(ArenaCapturer):
         self.shadow = host_cache is not None
         self.epochs, self.table = WeightEpochs(), table
         self._entry, self._shares_buffer, self._multimodal = None, False, True
-        self._decode_graphs, self._warmed_up, self._copies = None, False, True
+        self._decode_graphs, self._eager = None, None
+        self._warmed_up, self._copies = False, True
 
     def forward(self, batch: Any, captured: torch.Tensor) -> Any:
         """One forward; returns what rides with its result through SGLang's overlap."""

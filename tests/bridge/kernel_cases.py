@@ -6,6 +6,8 @@ program after another, no GPU. Compiled and on a GPU the kernels are tested in `
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +17,8 @@ from forwards import VOCABULARY, Forwards
 
 from sglang_bridge import kernels
 from sglang_bridge.decode_graphs import DecodeGraphs
+from sglang_bridge.eager_forwards import EagerForwards
+from sglang_bridge.layer_views import LayerViews
 from sglang_bridge.table import RouteTable
 from shmroute import RouteLayout
 
@@ -115,14 +119,12 @@ class Runner:
     """Stands for SGLang's, by which graphs are told from those of an earlier one."""
 
 
-class Captured:
-    """Decode graphs that "are captured" while ``on``; interpreted, a launch runs at once."""
+class Routers:
+    """Forwards of a model with three MoE layers, and a table on the CPU that they go to."""
 
     def __init__(self, columns: int = 3) -> None:
         self.table = RouteTable(ROUTES, 50, "cpu", vocabulary=VOCABULARY)
         self.buffer = torch.full((40, 6, columns), -1, dtype=torch.int32)
-        self.on, self.runner = True, Runner()
-        self.graphs = DecodeGraphs(self.table, self.buffer, lambda: self.on)
         self.forwards = Forwards(self.table)
 
     def batch(self, tokens: int) -> SimpleNamespace:
@@ -139,6 +141,30 @@ class Captured:
         shared = torch.full((tokens, extra), ROUTES.num_experts, dtype=torch.int32)
         return {layer: torch.cat((routes[:, layer], shared), dim=1) for layer in ROUTES.layer_ids}
 
+    def check(self, batch: SimpleNamespace, layers: Mapping[int, torch.Tensor], epoch: int) -> None:
+        """The table holds what the torch form would have put there."""
+        tokens = len(batch.input_ids)
+        reference = RouteTable(ROUTES, 50, "cpu", vocabulary=VOCABULARY)
+        captured = torch.full((tokens, 6, ROUTES.top_k), -1, dtype=torch.int32)
+        for layer, ids in layers.items():
+            captured[:, layer] = ids[:tokens, : ROUTES.top_k]
+        reference.scatter_with_torch(
+            captured, batch.out_cache_loc, batch.input_ids, batch.positions, epoch
+        )
+        where = batch.out_cache_loc
+        assert (reference.tags[where] >= 0).all()
+        np.testing.assert_array_equal(self.table.tags[where], reference.tags[where])
+        np.testing.assert_array_equal(self.table.rows[where], reference.rows[where])
+
+
+class Captured(Routers):
+    """Decode graphs that "are captured" while ``on``; interpreted, a launch runs at once."""
+
+    def __init__(self, columns: int = 3) -> None:
+        super().__init__(columns)
+        self.on, self.runner = True, Runner()
+        self.graphs = DecodeGraphs(self.table, self.buffer, lambda: self.on)
+
     def run(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor]) -> list[bool]:
         """A forward: to warm up, or into a capture."""
         kept = [self.graphs.keep(layer, ids) for layer, ids in layers.items()]
@@ -153,22 +179,8 @@ class Captured:
 
     def replay(self, graph: int, batch: SimpleNamespace, epoch: int = 0) -> None:
         self.graphs.before_forward(epoch)
-        addresses = self.graphs._addresses[graph]
-        self.graphs._scatter(addresses, batch.out_cache_loc, batch.input_ids, batch.positions)
-
-    def check(self, batch: SimpleNamespace, layers: dict[int, torch.Tensor], epoch: int) -> None:
-        """The table holds what the torch form would have put there."""
-        reference = RouteTable(ROUTES, 50, "cpu", vocabulary=VOCABULARY)
-        captured = torch.full((len(batch.input_ids), 6, ROUTES.top_k), -1, dtype=torch.int32)
-        for layer, ids in layers.items():
-            captured[:, layer] = ids[:, : ROUTES.top_k]
-        reference.scatter_with_torch(
-            captured, batch.out_cache_loc, batch.input_ids, batch.positions, epoch
-        )
-        where = batch.out_cache_loc
-        assert (reference.tags[where] >= 0).all()
-        np.testing.assert_array_equal(self.table.tags[where], reference.tags[where])
-        np.testing.assert_array_equal(self.table.rows[where], reference.rows[where])
+        given = batch.out_cache_loc, batch.input_ids, batch.positions
+        self.graphs._scatter(self.graphs._addresses[graph], self.graphs._state, *given)
 
 
 @pytest.mark.parametrize("columns", [3, 4])
@@ -298,3 +310,181 @@ def test_a_graph_for_more_requests_than_there_are_writes_beside_them_at_location
     assert (made.table.tags >= 0).nonzero().flatten().tolist() == [0, 7, 8, 9]
     first = SimpleNamespace(**{name: value[:3] for name, value in vars(batch).items()})
     made.check(first, {layer: ids[:3] for layer, ids in layers.items()}, 0)
+
+
+class Eager(Routers):
+    """Forwards outside any graph; the stream "is captured" while ``on``."""
+
+    def __init__(self, columns: int = 3) -> None:
+        super().__init__(columns)
+        self.on = False
+        views = LayerViews(self.buffer[:, :, : ROUTES.top_k])
+        self.eager = EagerForwards(self.table, columns, views, lambda: self.on)
+        self.views = views
+
+    def capture(self, layers: Mapping[int, torch.Tensor]) -> list[bool]:
+        """What the capturer does at each layer; whether it was kept."""
+        kept = [self.eager.keep(layer, ids) for layer, ids in layers.items()]
+        for (layer, ids), one in zip(layers.items(), kept, strict=True):
+            if not one:
+                self.views.copy(layer, ids)
+        return kept
+
+    def store(self, batch: SimpleNamespace, epoch: int = 0) -> bool:
+        given = batch.out_cache_loc, batch.input_ids, batch.positions
+        return self.eager.store(*given, epoch)
+
+    def forward(
+        self, batch: SimpleNamespace, layers: Mapping[int, torch.Tensor], epoch: int = 0
+    ) -> bool:
+        self.eager.begin()
+        self.capture(layers)
+        return self.store(batch, epoch)
+
+    def check_buffer(self, layers: Mapping[int, torch.Tensor], tokens: int) -> None:
+        """The capture buffer holds these layers, and none of the others."""
+        expected = torch.full_like(self.buffer, -1)
+        for layer, ids in layers.items():
+            expected[:tokens, layer, : ROUTES.top_k] = ids[:, : ROUTES.top_k]
+        np.testing.assert_array_equal(self.buffer, expected)
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_forward_s_routes_are_stored_without_the_capture_buffer(
+    columns: int, padding: int
+) -> None:
+    made = Eager(columns)
+    made.eager.compile()
+    assert (made.table.tags < 0).all()
+    for epoch in (0, 1, (1 << 17) + 2):
+        batch, layers = made.batch(20), made.layers(20 + padding)
+        assert made.forward(batch, layers, epoch)
+        made.check(batch, layers, epoch)
+    made.check_buffer({}, 0)
+
+
+def test_it_finds_a_table_that_has_moved() -> None:
+    made = Eager()
+    made.forward(made.batch(6), made.layers(6))
+    made.table.rows, made.table.tags = made.table.rows.clone(), made.table.tags.clone()
+    batch, layers = made.batch(6), made.layers(6)
+    assert made.forward(batch, layers)
+    made.check(batch, layers, 0)
+
+
+def test_nothing_of_a_forward_is_referenced_when_it_is_stored() -> None:
+    """Its memory serves the next one."""
+    made = Eager()
+    for turn in range(2):
+        batch, layers = made.batch(6), made.layers(6 if turn else 5)
+        left = [weakref.ref(ids) for ids in layers.values()]
+        assert made.forward(batch, layers) == bool(turn)
+        del layers
+        assert [one() for one in left] == [None] * 3
+
+
+@pytest.mark.parametrize("wrong", ["integers", "columns", "strides"])
+def test_a_forward_with_a_layer_of_another_form_goes_through_the_buffer(wrong: str) -> None:
+    made = Eager()
+    layers = made.layers(20)
+    ids = layers[2]
+    layers[2] = {
+        "integers": ids.to(torch.int64),
+        "columns": torch.cat((ids, ids), dim=1),
+        "strides": ids.t().contiguous().t(),
+    }[wrong]
+    made.eager.begin()
+    assert made.capture(layers) == [True, False, False]
+    assert not made.store(made.batch(20))
+    made.check_buffer(layers, 20)
+    assert (made.table.tags < 0).all()
+
+
+def test_layers_inside_a_graph_bring_the_others_into_the_buffer() -> None:
+    made = Eager()
+    layers = made.layers(20)
+    made.eager.begin()
+    made.capture({1: layers[1]})
+    made.on = True
+    assert not made.eager.keep(2, layers[2])
+    made.on = False
+    assert made.capture({4: layers[4]}) == [False]
+    assert not made.store(made.batch(20))
+    made.check_buffer({1: layers[1], 4: layers[4]}, 20)
+
+
+@pytest.mark.parametrize("what", ["absent", "short"])
+def test_a_layer_that_does_not_capture_enough_is_missing(what: str) -> None:
+    made = Eager()
+    layers = made.layers(20)
+    if what == "absent":
+        del layers[2]
+    else:
+        layers[2] = layers[2][:19]
+    made.eager.begin()
+    assert all(made.capture(layers))
+    assert not made.store(made.batch(20))
+    for layer in (1, 2, 4):
+        there = int((made.buffer[:, layer] >= 0).all(dim=-1).sum())
+        assert there == (20 if layer != 2 else 19 if what == "short" else 0)
+
+
+def test_a_forward_longer_than_is_kept_goes_through_the_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sglang_bridge.eager_forwards._BYTES_MAX", 20 * 3 * 3 * 4)
+    made = Eager()
+    layers = made.layers(21)
+    assert not made.forward(made.batch(21), layers)
+    made.check_buffer(layers, 21)
+    assert made.forward(made.batch(20), made.layers(20))
+
+
+def test_a_router_that_reuses_its_memory_costs_one_forward_s_routes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = Eager()
+    batch, layers = made.batch(6), made.layers(6)
+    both = torch.cat((layers[1], layers[2]))
+    layers[1], layers[2] = both[:6], both[5:11]
+    assert not made.forward(batch, layers)
+    assert "write to the same memory" in caplog.text
+    made.check_buffer({}, 0)
+    caplog.clear()
+    made.eager.begin()
+    assert made.capture(layers) == [False] * 3
+    assert not made.store(batch)
+    made.check_buffer(layers, 6)
+    assert not caplog.text
+
+
+def test_a_forward_that_ended_early_leaves_nothing_to_the_next() -> None:
+    made = Eager()
+    made.eager.begin()
+    made.capture({1: made.layers(6)[1], 2: made.layers(6)[2].to(torch.int64)})
+    made.buffer.fill_(-1)
+    batch, layers = made.batch(6), made.layers(6)
+    assert made.forward(batch, layers)
+    made.check(batch, layers, 0)
+    made.eager.begin()
+    made.capture({1: made.layers(6)[1]})
+    assert not made.forward(batch, {2: layers[2], 4: layers[4]})
+    made.check_buffer({2: layers[2], 4: layers[4]}, 6)
+
+
+def test_other_layers_than_the_table_s_are_none_of_its() -> None:
+    made = Eager()
+    made.eager.begin()
+    assert not made.eager.keep(3, made.layers(6)[1])
+    batch, layers = made.batch(6), made.layers(6)
+    assert all(made.capture(layers))
+    assert made.store(batch)
+
+
+def test_the_kernel_waits_for_the_gathers_that_were_asked_for() -> None:
+    made = Eager()
+    tags_at_fence: list[int] = []
+    made.table.fence = lambda: tags_at_fence.append(int((made.table.tags >= 0).sum()))
+    assert made.forward(made.batch(6), made.layers(6))
+    assert tags_at_fence == [0]

@@ -257,6 +257,77 @@ def test_in_shadow_mode_sglang_s_own_rows_reach_its_host_cache_through_the_mark(
     assert engine.gatherer.processed == [1]
 
 
+# -- forwards outside of graphs --------------------------------------------------------------------
+
+
+class KeepingForwards:
+    """Layers are kept; what is stored of them on a GPU is in the table already."""
+
+    def __init__(self, stores: bool) -> None:
+        self.stores = stores
+        self.kept: list[int] = []
+        self.epochs: list[int] = []
+
+    def begin(self) -> None:
+        self.kept.clear()
+
+    def keep(self, layer_id: int, ids: torch.Tensor) -> bool:
+        self.kept.append(layer_id)
+        return True
+
+    def store(self, *given: Any) -> bool:
+        self.epochs.append(given[-1])
+        return self.stores
+
+
+def capture(capturer: Any, routes: torch.Tensor) -> torch.Tensor:
+    """Each layer captures; returns the capture buffer."""
+    buffer = torch.full((64, 3, 2), -1, dtype=torch.int32)
+    capturer.device_cache = SimpleNamespace(buffer=buffer)
+    capturer._layers = LayerViews(buffer)
+    for layer in range(3):
+        capturer.capture(layer, routes[:, layer])
+    return buffer
+
+
+@pytest.mark.parametrize("stores", [True, False])
+def test_layers_that_were_kept_are_copied_by_nobody_and_stored_once(
+    engine: Engine, stores: bool
+) -> None:
+    capturer, batch = engine.capturer, engine.batch(4)
+    eager = capturer._eager = KeepingForwards(stores)
+    capturer.on_forward_begin(batch)
+    buffer = capture(capturer, engine.captured(4))
+    assert eager.kept == [0, 1, 2]
+    assert (buffer == -1).all()
+    captured = engine.captured(4)
+    capturer.end_forward(batch, captured.clone()).finalize()
+    assert eager.epochs == [0]
+    assert int((engine.table.tags >= 0).sum()) == (0 if stores else 4)
+    capturer.weights_change("new")
+    capturer.forward(engine.batch(4), captured)
+    assert eager.kept == [], "the next forward begins with none"
+    assert eager.epochs == [0, 1], "an epoch that was used ended with the weights"
+
+
+@pytest.mark.parametrize("when", ["before any forward", "after a forward", "in a compiler"])
+def test_outside_of_forwards_and_in_a_compiler_routes_are_copied(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """While graphs warm up, nobody would store them; what is traced runs without Python."""
+    capturer = engine.capturer
+    eager = capturer._eager = KeepingForwards(True)
+    routes = engine.captured(4)
+    if when == "after a forward":
+        capturer.forward(engine.batch(4), routes.clone())
+    elif when == "in a compiler":
+        capturer.on_forward_begin(engine.batch(4))
+        monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    buffer = capture(capturer, routes)
+    assert eager.kept == []
+    assert torch.equal(buffer[:4], routes)
+
+
 # -- a forward that the capture buffer cannot hold -----------------------------------------------
 
 

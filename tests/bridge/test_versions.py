@@ -114,3 +114,38 @@ def test_a_decode_graph_is_captured_where_sglang_s_mode_and_the_stream_say_so(
     assert not captures()
     monkeypatch.setattr(capture_mode, "is_capture_mode", mode)  # changes while an engine starts
     assert captures() == (mode and stream)
+
+
+def resolved(**changed: Any) -> SimpleNamespace:
+    """Arguments with which routes are read off the routers' tensors, in graphs and outside."""
+    graphs = {"decode": "full", "prefill": "breakable"}
+    graphs |= {phase: changed.pop(phase) for phase in set(graphs) & set(changed)}
+    config = {phase: SimpleNamespace(backend=backend) for phase, backend in graphs.items()}
+    usual = {
+        "enable_torch_compile": False,
+        "kt_weight_path": None,
+        "ep_size": 1,
+        "enable_unified_memory": False,
+    }
+    return SimpleNamespace(cuda_graph_config=SimpleNamespace(**config), **usual | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "stay", "in_graphs"),
+    [
+        ({}, True, True),
+        ({"enable_torch_compile": True}, False, False),
+        ({"kt_weight_path": "/weights"}, False, False),
+        ({"ep_size": 2}, False, False),
+        ({"decode": "breakable"}, True, False),
+        ({"decode": "disabled"}, True, False),
+        ({"prefill": "full"}, True, False),
+        ({"enable_unified_memory": True}, True, False),
+    ],
+)
+def test_routes_are_read_off_the_routers_tensors_where_these_still_hold_them(
+    changed: dict[str, Any], stay: bool, in_graphs: bool
+) -> None:
+    arguments = resolved(**changed)
+    assert versions.routes_stay(arguments) is stay
+    assert versions.decode_graphs_store_routes(arguments) is in_graphs

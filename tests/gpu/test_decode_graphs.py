@@ -7,92 +7,40 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from sglang_bridge.table import RouteTable
-from shmroute import RouteLayout
+from router_model import DEVICE, LOCATIONS, RouterModel
 
 pytestmark = pytest.mark.gpu
 
-ROUTES = RouteLayout(128, 8, (1, 2, 3, 5, 6), num_layers=7)
-LOCATIONS, TOKENS, VOCABULARY = 512, 24, 1000
-DEVICE = "cuda"
+TOKENS = 24
 
 
 class Runner:
     """Stands for SGLang's, by which graphs are told from those of an earlier one."""
 
 
-class Model:
-    """Layers that choose experts by their input, whose memory the pool would use again."""
+class Model(RouterModel):
+    """Its decode steps can be captured."""
 
     def __init__(self, in_host_memory: bool = False) -> None:
         from sglang_bridge.decode_graphs import DecodeGraphs
 
-        self.table = RouteTable(
-            ROUTES, LOCATIONS, DEVICE, vocabulary=VOCABULARY, in_host_memory=in_host_memory
-        )
-        self.buffer = torch.full((64, 7, ROUTES.top_k), -1, dtype=torch.int32, device=DEVICE)
+        super().__init__(in_host_memory)
         capturing = torch.cuda.is_current_stream_capturing
         self.graphs = DecodeGraphs(self.table, self.buffer, capturing)
         self.pool, self.runner = torch.cuda.graph_pool_handle(), Runner()
         self.kept: list[bool] = []
 
-    def choices(self, hidden: torch.Tensor, layer: int) -> torch.Tensor:
-        scores = (hidden * (layer + 1)).sin()
-        return scores.topk(ROUTES.top_k, dim=-1).indices.to(torch.int32)
-
     def step(self, given: SimpleNamespace) -> None:
-        hidden = given.hidden
-        for layer in ROUTES.layer_ids:
-            ids = self.choices(hidden, layer)
-            self.kept.append(self.graphs.keep(layer, ids))
-            hidden = hidden + ids.sum(-1, keepdim=True) * 1e-3
-            del ids
-            # What comes next in the pool: of the same size, and full of something else.
-            torch.full((len(hidden), ROUTES.top_k), 77, dtype=torch.int32, device=DEVICE)
-        self.graphs.end_capture(self.runner, None, given, len(hidden))
-
-    def inputs(self, tokens: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            hidden=torch.zeros((tokens, 128), device=DEVICE),
-            input_ids=torch.zeros(tokens, dtype=torch.int64, device=DEVICE),
-            positions=torch.zeros(tokens, dtype=torch.int64, device=DEVICE),
-            out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=DEVICE),
-        )
+        self.kept = self.route(given.hidden, self.graphs.keep)
+        self.graphs.end_capture(self.runner, None, given, len(given.hidden))
 
     def capture(self, tokens: int) -> tuple[torch.cuda.CUDAGraph, SimpleNamespace]:
         given = self.inputs(tokens)
         self.step(given)  # warms up
-        self.kept.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             self.step(given)
         return graph, given
-
-    def fill(self, given: SimpleNamespace, seed: int) -> None:
-        """The inputs of a decode step."""
-        dice = torch.Generator().manual_seed(seed)
-        tokens = len(given.hidden)
-        given.hidden.copy_(torch.randn(given.hidden.shape, generator=dice))
-        given.input_ids.copy_(torch.randint(0, VOCABULARY, (tokens,), generator=dice))
-        given.positions.copy_(torch.randint(0, 1 << 20, (tokens,), generator=dice))
-        given.out_cache_loc.copy_(torch.randperm(LOCATIONS - 1, generator=dice)[:tokens] + 1)
-
-    def check(self, given: SimpleNamespace, epoch: int) -> None:
-        """The table holds, at the step's locations, what the torch form puts there."""
-        hidden = given.hidden
-        captured = torch.full((len(hidden), 7, ROUTES.top_k), -1, dtype=torch.int32, device=DEVICE)
-        for layer in ROUTES.layer_ids:
-            ids = self.choices(hidden, layer)
-            hidden = hidden + ids.sum(-1, keepdim=True) * 1e-3
-            captured[:, layer] = ids
-        reference = RouteTable(ROUTES, LOCATIONS, DEVICE, vocabulary=VOCABULARY)
-        where = given.out_cache_loc
-        reference.scatter_with_torch(captured, where, given.input_ids, given.positions, epoch)
-        assert (reference.tags[where] >= 0).all()
-        assert torch.equal(self.table.tags[where], reference.tags[where])
-        rows = self.table.rows.cpu()[where.cpu()]
-        assert torch.equal(rows, reference.rows[where].cpu())
 
 
 @pytest.fixture
