@@ -9,7 +9,9 @@ SGLang's HTTP servers of three configurations (``engine_setup``) are started one
 in turns; a process of its own (``engine_worker``) puts every block asked for on each:
 
     throughput   160 requests of 256 + 512 tokens; all finish in one step
-    unasked      the same, nobody asks for routes
+    together     the same 160 in one HTTP request, which the scheduler gets in one message: each
+                 load is the same forwards, whatever arrives when
+    unasked      the first, nobody asks for routes
     itl          inter-token latency of 64 streams while requests of 8K and of 32K tokens finish
                  beside them, singly and four in one step
     latency      from the last token's response to the rows in a trainer process, and on its
@@ -66,8 +68,8 @@ from rich.progress import Progress
 
 import shmroute
 
-BLOCKS = ("throughput", "unasked", "itl", "latency", "memory", "turns", "steady")
-ROUNDS_BLOCKS = ("throughput", "unasked", "itl")  # what little KV cache has room for
+BLOCKS = ("throughput", "together", "unasked", "itl", "latency", "memory", "turns", "steady")
+ROUNDS_BLOCKS = ("throughput", "together", "unasked", "itl")  # what little KV cache has room for
 WORKER = Path(__file__).with_name("engine_worker.py")
 END_SECONDS = 10.0  # what killing an engine and writing the figures takes
 LOOK_SECONDS = 1.0
@@ -303,7 +305,10 @@ def _arguments() -> argparse.Namespace:
         help="engines, in order (off,arena,native,off,arena; with --quick arena)",
     )
     parser.add_argument(
-        "--runs", type=int, metavar="N", help="times that each engine is given throughput and turns"
+        "--runs",
+        type=int,
+        metavar="N",
+        help="times that each engine is given throughput, together and turns",
     )
     parser.add_argument(
         "--rounds",

@@ -96,6 +96,7 @@ def _throughput(figures: Figures) -> None:
     if opened:
         what = "arena, all finish in one step: from the last response to the last record's opening"
         figures.add(what, statistics.median(opened) * MS, "ms")
+    _rates(figures, "together", "sent in one request", 99.8)
     for name in ROUTED:
         rates = [load["tokens_per_second"] for load in figures.loads(name, "unasked")]
         if rates:
@@ -340,7 +341,7 @@ def _counters(figures: Figures) -> None:
 def _hooks(figures: Figures) -> None:
     """Seconds of every decode step, finishes left out."""
     for name in CONFIGURATIONS:
-        traces = figures.traces(name, "throughput", "itl", "latency_beside")
+        traces = figures.traces(name, "throughput", "together", "itl", "latency_beside")
         parts = {
             kind: [seconds for trace in traces for seconds in trace[kind]]
             for kind in ("forward_begin", "forward_end", "finalize", "idle_issue", "idle_flush")
@@ -413,7 +414,9 @@ def _compared(
 def _steps(figures: Figures, name: str) -> dict[tuple[int, str], list[_Step]]:
     """Steps by how many requests finish in them and how long those are."""
     steps: dict[tuple[int, str], list[_Step]] = {}
-    for trace in figures.traces(name, "itl", "latency", "latency_beside", "throughput", "memory"):
+    for trace in figures.traces(
+        name, "itl", "latency", "latency_beside", "throughput", "together", "memory"
+    ):
         for count, tokens, *seconds in trace["steps"]:
             if count in STEPS_SHOWN:
                 steps.setdefault((count, _length(tokens)), []).append(_Step(*seconds))

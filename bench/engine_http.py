@@ -54,6 +54,13 @@ class Answer:
     def decoded(self) -> dict[str, Any]:
         return decoded(self.body)
 
+    def each(self) -> list[dict[str, Any]]:
+        """The answers to a request with several prompts."""
+        answers: list[dict[str, Any]] = orjson.loads(self.body)
+        if not isinstance(answers, list):
+            raise RuntimeError(f"the server answered {self.body[:500]!r}")
+        return answers
+
 
 @dataclass(slots=True)
 class Stream:
@@ -156,9 +163,16 @@ class Client:
 
 
 def body(
-    prompt: Sequence[int], tokens: int, *, asks: bool, start: int = 0, stream: bool = False
+    prompt: Sequence[int] | Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    asks: bool,
+    start: int = 0,
+    stream: bool = False,
 ) -> bytes:
-    """A request for exactly so many tokens; rows are asked for from token ``start`` on."""
+    """A request for exactly so many tokens, of each prompt where there are several; rows are asked
+    for from token ``start`` on.
+    """
     return orjson.dumps(
         {
             "input_ids": prompt,

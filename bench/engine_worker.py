@@ -27,7 +27,16 @@ from engine_routes import TakenRoutes
 from engine_setup import dimensions, scale_for
 from engine_streams import SteadyStreams
 from engine_trainer import TrainerProcess
-from engine_workloads import Load, inter_token, latency, several_turns, steady, throughput, warm_up
+from engine_workloads import (
+    Load,
+    inter_token,
+    latency,
+    several_turns,
+    steady,
+    throughput,
+    together,
+    warm_up,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +54,7 @@ class Specification:
     rounds
         Other engines are up beside it, and this is one turn of several.
     runs
-        How often ``throughput`` and ``turns`` are run; None: as the scale says.
+        How often ``throughput``, ``together`` and ``turns`` are run; None: as the scale says.
     trace
         File that its scheduler writes a trace into; empty without one.
     command
@@ -127,6 +136,10 @@ class Worker:
     async def _throughput(self, load: Load) -> None:
         for _ in range(self._spec.runs or self._scale.throughput_runs):
             self._add("throughput", await throughput(load, asks=self._asks))
+
+    async def _together(self, load: Load) -> None:
+        for _ in range(self._spec.runs or self._scale.throughput_runs):
+            self._add("together", await together(load))
 
     async def _unasked(self, load: Load) -> None:
         self._add("unasked", await throughput(load, asks=False))

@@ -103,6 +103,21 @@ async def throughput(load: Load, *, asks: bool) -> dict[str, Any]:
     return await _timed_batch(load, prompts, [scale.output] * scale.batch, asks)
 
 
+async def together(load: Load) -> dict[str, Any]:
+    """The same batch in one HTTP request. The scheduler gets all of it in one message, so that each
+    load is the same forwards, whatever arrives when.
+    """
+    scale = load.scale
+    prompts = load.prompts(scale.batch, scale.prompt)
+    whole = body(prompts, scale.output, asks=load.asks)
+    await load.client.flush_cache()
+    began = time.perf_counter()
+    answer = await load.client.generate(whole)
+    seconds = answer.received - began
+    tokens = scale.batch * scale.output
+    return _batch_figures(load, seconds, [answer], answer.each(), tokens, load.asks)
+
+
 async def steady(load: Load) -> dict[str, Any]:
     """More requests than fit at once, of many lengths: finishes are spread out."""
     scale, count = load.scale, load.scale.steady_requests
@@ -151,9 +166,20 @@ async def _timed_batch(
     await load.client.flush_cache()
     seconds, received = await load.send(prompts, outputs, asks)
     answers = [answer.decoded() for answer in received]
+    return _batch_figures(load, seconds, received, answers, sum(outputs), asks)
+
+
+def _batch_figures(
+    load: Load,
+    seconds: float,
+    received: Sequence[Answer],
+    answers: Sequence[dict[str, Any]],
+    expected: int,
+    asks: bool,
+) -> dict[str, Any]:
     tokens = sum(answer["meta_info"]["completion_tokens"] for answer in answers)
-    if tokens != sum(outputs):
-        raise AssertionError(f"{tokens} tokens came, not {sum(outputs)}")
+    if tokens != expected:
+        raise AssertionError(f"{tokens} tokens came, not {expected}")
     opened = load.routes.opened(answers) if asks else None
     if asks:
         load.routes.take(answers)

@@ -110,6 +110,15 @@ def test_a_ratio_of_many_loads_says_between_which_bounds_it_lies():
     assert not any("interval" in name for name in rows_of_turns([99.0] * 3, [100.0] * 4))
 
 
+def test_a_batch_that_is_sent_in_one_request_has_its_own_budget():
+    runs = [turn_of("off", 100.0, 1.0, 0), turn_of("arena", 50.0, 2.0, 160)]
+    for run, rate in zip(runs, (100.0, 99.9), strict=True):
+        run["together"] = [{"tokens_per_second": rate}]
+    rows = {row.name: row for row in result_rows(runs)}
+    assert rows["arena / off, sent in one request: output"].ok
+    assert not rows["arena / off, all finish in one step: output"].ok
+
+
 def test_so_does_one_of_inter_token_latencies():
     def load(gap):
         gaps = [20.0] * 50 + [gap] * 50

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from engine_http import Client, EventCutter, Stream, body, decoded, reached
+from engine_http import Answer, Client, EventCutter, Stream, body, decoded, reached
 
 EVENTS = [b'{"meta_info": {}}', b"[DONE]", b"x" * 5000]
 SENT = b"".join(b"data: " + event + b"\n\n" for event in EVENTS)
@@ -22,6 +22,12 @@ def test_events_are_the_same_however_the_stream_is_cut(size):
 def test_an_answer_without_meta_information_is_shown_as_the_error_that_it_is():
     with pytest.raises(RuntimeError, match="no such tokens"):
         decoded(b'{"error": {"message": "no such tokens"}}')
+
+
+def test_so_is_one_to_a_request_with_several_prompts():
+    assert Answer(0.0, 0, b'[{"meta_info": {}}, {}]').each() == [{"meta_info": {}}, {}]
+    with pytest.raises(RuntimeError, match="no such tokens"):
+        Answer(0.0, 0, b'{"error": {"message": "no such tokens"}}').each()
 
 
 # -- over a socket -------------------------------------------------------------------------------
