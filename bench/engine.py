@@ -10,7 +10,8 @@ in turns; a process of its own (``engine_worker``) puts every block asked for on
 
     throughput   160 requests of 256 + 512 tokens; all finish in one step
     together     the same 160 in one HTTP request, which the scheduler gets in one message: each
-                 load is the same forwards, whatever arrives when
+                 load is the same forwards, whatever arrives when. Not in it is what 160 HTTP
+                 requests cost, and natively all routes come in one answer at its end
     unasked      the first, nobody asks for routes
     itl          inter-token latency of 64 streams while requests of 8K and of 32K tokens finish
                  beside them, singly and four in one step

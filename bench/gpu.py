@@ -36,15 +36,15 @@ import numpy as np
 import result_file
 import torch
 from gpu_cold import TOKENS, DriverCalls, OtherWork
+from gpu_forwards import TOKENS as PREFILL_TOKENS
+from gpu_forwards import Prefill
 from gpu_timing import Rows, figure, gbs, gpu_us, host_us, percentiles
 from result_file import Row
 
 import shmroute
-from sglang_bridge.eager_forwards import EagerForwards
 from sglang_bridge.epochs import WeightEpochs
 from sglang_bridge.finished import Finished
 from sglang_bridge.gather_device import DeviceGatherer
-from sglang_bridge.layer_views import LayerViews
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 from sglang_bridge.ticket_tensor import PickledText
@@ -270,44 +270,31 @@ def _captured(table: RouteTable, buffer: torch.Tensor, static: list[torch.Tensor
 def forwards(made: Rig, rounds: int) -> Rows:
     """What a prefill outside of graphs adds: 48 layers, and what follows at the forward's end."""
     del made
-    tokens, layers = 8192, ROUTES.layer_ids
-    scores = torch.rand((len(layers), tokens, 128), device=DEVICE)
-    routers = [one.topk(8, dim=-1).indices.to(torch.int32).contiguous() for one in scores]
-    del scores
-    where = torch.randperm(KV_TOKENS - 1, device=DEVICE)[:tokens] + 1
-    ids = torch.randint(0, VOCABULARY, (tokens,), device=DEVICE)
-    given = where, ids, torch.arange(tokens, device=DEVICE)
-    table = RouteTable(ROUTES, KV_TOKENS, DEVICE, vocabulary=VOCABULARY)
-    buffer = torch.full((tokens, len(layers), 8), -1, dtype=torch.int32, device=DEVICE)
-    views = LayerViews(buffer)
-    eager = EagerForwards(table, 8, views)
+    prefill = Prefill(ROUTES, KV_TOKENS, VOCABULARY, DEVICE)
+    rows = _forward_rows("kept", prefill.keep, prefill.store, rounds)
+    return rows + _forward_rows("copied", prefill.copy, prefill.scatter, rounds)
 
-    def kept() -> None:
-        eager.begin()
-        for layer, tensor in zip(layers, routers, strict=True):
-            eager.keep(layer, tensor)
-        if not eager.store(*given, 0):
-            raise RuntimeError("the forward's routes went through the capture buffer")
 
-    def copied() -> None:
-        for layer, tensor in zip(layers, routers, strict=True):
-            views.copy(layer, tensor)
-        table.scatter(buffer, *given, 0)
+def _forward_rows(
+    name: str, take: Callable[..., None], end: Callable[[], None], rounds: int
+) -> Rows:
+    label = f"routes of a forward of {PREFILL_TOKENS} tokens, layers {name}"
 
-    rows = []
-    between = OtherWork()
-    one_layer = {"kept": eager.keep, "copied": views.copy}
-    for name, form in (("kept", kept), ("copied", copied)):
-        form()
-        label = f"routes of a forward of {tokens} tokens, layers {name}"
-        rows += percentiles(f"{label}, host", host_us(form, rounds), None, None)
-        rows.append(
-            Row(f"{label}, GPU", figure(gpu_us(form, max(20, rounds // 4), 4_000_000)), "us")
-        )
-        layer = functools.partial(one_layer[name], layers[0], routers[0])
-        cold = [_timed(layer, between) for _ in range(max(10, rounds // 10))]
-        rows += percentiles(f"{label}, one layer, cold caches", cold, None, None)
-    return rows
+    def whole() -> None:
+        take()
+        end()
+
+    whole()
+    rows = percentiles(f"{label}, host", host_us(whole, rounds), None, None)
+    on_gpu = gpu_us(whole, max(20, rounds // 4), 4_000_000)
+    rows.append(Row(f"{label}, GPU", figure(on_gpu), "us"))
+    one_layer, its_end, between = [], [], OtherWork()
+    for _ in range(max(10, rounds // 10)):
+        one_layer.append(_timed(functools.partial(take, 1), between))
+        take()
+        its_end.append(_timed(end, between))
+    rows += percentiles(f"{label}, one layer, cold caches", one_layer, None, None)
+    return rows + percentiles(f"{label}, its end, cold caches", its_end, None, None)
 
 
 # -- the end of requests ---------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from shadow_traffic import QUICK, Client, attention_ranks, bulk, mixed, paused, 
 from small_models import deepseek_v3, qwen3_moe
 
 import shmroute
+from sglang_bridge.staging import STAGING_BYTES
 from shmroute import inspection
 
 Counters = dict[str, int]
@@ -281,7 +282,8 @@ def read_measured(path: Path) -> dict[str, list[float]]:
 def memory_returned(name: str, returned: list[float]) -> list[Row]:
     """GPU memory of the table, the staging and their like that a released engine gives back."""
     what = f"{name}: GPU memory of the route table and staging returned, each of {len(returned)}"
-    return [Row(what, round(min(returned) / 2**20, 1), "MiB")] if returned else []
+    least = STAGING_BYTES / 2**20
+    return [Row(what, round(min(returned) / 2**20, 1), "MiB", least, "min")] if returned else []
 
 
 def snapshot_waits(name: str, taken: dict[str, list[float]]) -> list[Row]:

@@ -301,6 +301,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
             self.epochs.mark_used()
         else:
             self._scatter(self.publisher, captured, entry)
+            if not self._shares_buffer:
+                self._clear_padding(0 if entry is None else len(entry.tokens), can_run_graph)
         if self._shares_buffer:
             # What other ranks' tokens left here would show where, next time, ours are in a layer
             # that does not capture.
@@ -330,6 +332,16 @@ class ArenaCapturer(RoutedExpertsCapturer):
             logger.exception("shmroute: routes of a forward were lost; their rows will be missing")
             publisher.counters.add("hook_errors")
             self._forget(captured)
+
+    def _clear_padding(self, tokens: int, in_graph: bool) -> None:
+        """Put -1 behind a forward's own rows, where the scatter did not, or padding's routes would
+        show there, next time, in a layer that does not capture.
+        """
+        # How many rows a graph has is not told.
+        written = len(self._every_row) if in_graph else self._layers.written
+        if written > tokens:
+            self._every_row[tokens:written].fill_(-1)
+        self._layers.written = 0
 
     def _forget(self, captured: torch.Tensor) -> None:
         try:

@@ -153,7 +153,7 @@ class DecodeGraphs:
     def _can_store(self, outputs: RouterOutputs, batch: Any, tokens: int) -> bool:
         inputs = batch.input_ids, batch.positions, batch.out_cache_loc
         return (
-            outputs.hold(tokens)
+            outputs.complete
             and all(len(one) == tokens for one in (*outputs.kept.values(), *inputs))
             and _places(batch) == self._warm
         )

@@ -12,29 +12,30 @@ forward's end. Beside what is said there:
                                        the copy is over. So the caller waits for nothing, and the
                                        next forward's come after the kernel
     a tensor outlives its reading      it is referenced until the kernel is launched. Torch gives
-                                       its memory to what its stream does later
-    a router that reuses memory        of its own is found by the addresses. The rows of that
-                                       forward are missing, with an error in the log; from then on
-                                       routes are copied layer by layer
+                                       its memory to what its stream does later, and only tensors
+                                       of the forward's own stream are kept
+    a router that reuses memory        of its own is found by the addresses. That forward is lost
+                                       (``capturer``); from then on routes are copied layer by layer
+    the latest one counts              a layer that captures again, into the buffer, has nothing
+                                       kept any more
     a gather is not overtaken          the kernel waits for it, as any scatter (``RouteTable``)
 
 What is not kept goes through the capture buffer, and with it the whole forward: layers inside a
-prefill graph or compiled code, tensors of another form, and forwards so long (``_BYTES_MAX``) that
-a launch a layer is nothing beside them and the memory would be.
+prefill graph or compiled code, or on a stream beside, tensors of another form, and forwards so long
+(``_BYTES_MAX``) that a launch a layer is nothing beside them and the memory would be.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
+from shmroute.cuda_runtime import current_stream
+
 from .layer_views import LayerViews
 from .router_outputs import RouterOutputs
 from .table import STATE_FIELDS, RouteTable
-
-logger = logging.getLogger("shmroute")
 
 _BYTES_MAX = 64 << 20
 
@@ -50,8 +51,8 @@ class EagerForwards:
         Of each router's tensor: the routes, and fused shared experts behind them.
     views
         Of the capture buffer, for forwards of which not every layer is kept.
-    capturing
-        Whether the calling thread's stream is being captured.
+    capturing, stream
+        Whether the calling thread's stream is being captured, and its handle.
     """
 
     def __init__(
@@ -60,8 +61,11 @@ class EagerForwards:
         columns: int,
         views: LayerViews,
         capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing,
+        stream: Callable[[int], int] = current_stream,
     ) -> None:
-        self._table, self._views, self._capturing = table, views, capturing
+        self._table, self._views = table, views
+        self._capturing, self._stream = capturing, stream
+        self._device, self._forward = table.device.index, 0
         self._layers = table.routes.layer_ids
         self._outputs = RouterOutputs(self._layers, columns)
         self._tokens_max = _BYTES_MAX // (4 * columns * len(self._layers))
@@ -71,9 +75,10 @@ class EagerForwards:
         self._whole, self._trusted = True, True
 
     def begin(self) -> None:
-        """A forward begins: what one before it has left is none of its."""
+        """A forward begins on this stream: what one before it has left is none of its."""
         self._outputs.kept.clear()
         self._whole = True
+        self._forward = self._stream(self._device)
 
     def keep(self, layer_id: int, ids: torch.Tensor) -> bool:
         """Take a layer's routes; False: copy them at once.
@@ -90,10 +95,12 @@ class EagerForwards:
             self._whole
             and self._trusted
             and len(ids) <= self._tokens_max
+            and self._stream(self._device) == self._forward
             and not self._capturing()
             and self._outputs.keep(place, ids)
         ):
             return True
+        self._outputs.kept.pop(place, None)
         self._whole = False
         return False
 
@@ -111,13 +118,21 @@ class EagerForwards:
         ----------
         tokens
             ``[n]``, like ``locations`` and ``positions``, which may be longer.
+
+        Raises
+        ------
+        RuntimeError
+            Two layers' routers share memory: the forward's routes are lost.
         """
         outputs = self._outputs
         try:
             if not outputs.apart():
-                self._distrust()
-                return False
-            if not (self._whole and outputs.hold(len(tokens))):
+                self._trusted = False
+                raise RuntimeError(
+                    "two layers' routers write to the same memory, from which the routes of both "
+                    "cannot be read when a forward ends; from now on they are copied layer by layer"
+                )
+            if not self._holds(len(tokens)):
                 for place, ids in outputs.kept.items():
                     self._views.copy(self._layers[place], ids)
                 return False
@@ -127,13 +142,10 @@ class EagerForwards:
         finally:
             outputs.kept.clear()
 
-    def _distrust(self) -> None:
-        self._trusted = False
-        logger.error(
-            "shmroute: two layers' routers write to the same memory, from which the routes of both "
-            "cannot be read when the forward ends: those of this forward are missing, and from now "
-            "on they are copied layer by layer"
-        )
+    def _holds(self, tokens: int) -> bool:
+        """Whether every layer of the forward is kept, and nothing of it is in the buffer."""
+        kept = self._outputs.kept.values()
+        return self._whole and self._outputs.complete and all(len(ids) >= tokens for ids in kept)
 
     def _send(self, numbers: tuple[int, ...]) -> None:
         on_gpu = self._sent.is_cuda

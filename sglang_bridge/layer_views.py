@@ -22,12 +22,17 @@ class LayerViews:
     ----------
     rows
         ``int32 [rows, all layers, top_k]``, a view of the buffer.
+
+    Attributes
+    ----------
+    written
+        Rows, from the first on, that were written since whoever owns the buffer set this to 0.
     """
 
     def __init__(self, rows: torch.Tensor) -> None:
         self._rows = rows
         self._top_k = rows.shape[2]
-        self._count = 0
+        self._count = self.written = 0
         self._views: dict[int, torch.Tensor] = {}
 
     def copy(self, layer: int, ids: torch.Tensor) -> None:
@@ -48,6 +53,7 @@ class LayerViews:
         if count != self._count:
             self._views.clear()
             self._count = count
+        self.written = max(self.written, count)
         view = self._views.get(layer)
         if view is None:
             view = self._views[layer] = self._rows[:count, layer]

@@ -49,6 +49,11 @@ def route_layout(
             )
     for router in routers:
         _check_captured(router, device)
+    if getattr(config, "zero_expert_num", 0):
+        raise StartRefused(
+            f"{config.zero_expert_num} of the experts are zero experts, which are none of the MoE "
+            "kernel's: their ids are beyond it, and SGLang rewrites them behind the routers"
+        )
     layer_ids = sorted({int(router.layer_id) for router in routers})
     experts = {
         int(module.layer_id): int(module.num_global_routed_experts)

@@ -12,10 +12,12 @@ their addresses (``kernels.AddressScatter``). What makes that right, in a decode
     nobody changes them              between the router and the forward's end SGLang writes into
                                      ``topk_ids`` only where rows are padding. Where more of it
                                      could be rewritten or reused, they are copied layer by layer
-                                     (``versions.routes_stay``), and shadow mode compares with
-                                     copies taken at once
+                                     (``versions.routes_stay``) or the model is refused (zero
+                                     experts, ``layers``), and shadow mode compares with copies
+                                     taken at once
     no two layers share memory       a router that makes its output in memory of its own, again in
-                                     each layer, would leave the last one's there: ``apart`` tells
+                                     each layer, would leave the last one's there: ``apart`` tells,
+                                     of those that are kept
 """
 
 from __future__ import annotations
@@ -55,11 +57,10 @@ class RouterOutputs:
             self.kept[place] = ids
         return fits
 
-    def hold(self, tokens: int) -> bool:
-        """Whether every layer is here, with so many tokens or more."""
-        return len(self.kept) == len(self._place) and all(
-            len(ids) >= tokens for ids in self.kept.values()
-        )
+    @property
+    def complete(self) -> bool:
+        """Whether every layer is here."""
+        return len(self.kept) == len(self._place)
 
     def addresses(self) -> list[int]:
         """In the order of places; 0 where no tensor is."""

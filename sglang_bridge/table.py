@@ -86,6 +86,7 @@ class RouteTable:
         self._every_layer = len(routes.layer_ids) == routes.num_layers
         self._vocabulary = vocabulary
         self._fused_forms: dict[tuple[int, int], Scatter] = {}
+        self._address_forms: dict[int, AddressScatter] = {}
         self.moves = 0
         self.fence: Callable[[], None] = lambda: None
 
@@ -184,6 +185,12 @@ class RouteTable:
 
     def address_scatter(self, *, columns: int) -> AddressScatter:
         """The scatter out of the routers' own tensors, which have so many columns; no fence."""
+        form = self._address_forms.get(columns)
+        if form is None:
+            form = self._address_forms[columns] = self._make_address_scatter(columns)
+        return form
+
+    def _make_address_scatter(self, columns: int) -> AddressScatter:
         from .kernels import AddressScatter  # as above
 
         return AddressScatter(

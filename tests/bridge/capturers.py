@@ -13,6 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_bridge.capturer import ArenaCapturer
 from sglang_bridge.epochs import WeightEpochs
+from sglang_bridge.layer_views import LayerViews
 from sglang_bridge.publisher import Publisher
 from sglang_bridge.table import RouteTable
 
@@ -41,6 +42,7 @@ class WithoutModel(ArenaCapturer):
         self._entry, self._shares_buffer, self._multimodal = None, False, True
         self._decode_graphs, self._eager = None, None
         self._warmed_up, self._copies = False, True
+        self._layers = LayerViews(torch.empty((0, 0, 0), dtype=torch.int32))
 
     def forward(self, batch: Any, captured: torch.Tensor) -> Any:
         """One forward; returns what rides with its result through SGLang's overlap."""

@@ -317,10 +317,10 @@ class Eager(Routers):
 
     def __init__(self, columns: int = 3) -> None:
         super().__init__(columns)
-        self.on = False
-        views = LayerViews(self.buffer[:, :, : ROUTES.top_k])
-        self.eager = EagerForwards(self.table, columns, views, lambda: self.on)
-        self.views = views
+        self.on, self.stream = False, 7
+        self.views = LayerViews(self.buffer[:, :, : ROUTES.top_k])
+        streams = {"capturing": lambda: self.on, "stream": lambda _: self.stream}
+        self.eager = EagerForwards(self.table, columns, self.views, **streams)
 
     def capture(self, layers: Mapping[int, torch.Tensor]) -> list[bool]:
         """What the capturer does at each layer; whether it was kept."""
@@ -441,22 +441,63 @@ def test_a_forward_longer_than_is_kept_goes_through_the_buffer(
     assert made.forward(made.batch(20), made.layers(20))
 
 
-def test_a_router_that_reuses_its_memory_costs_one_forward_s_routes(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_router_that_reuses_its_memory_costs_one_forward_s_routes() -> None:
+    """Whatever the buffer holds: an error has its rows declared missing (``test_capturer``)."""
     made = Eager()
     batch, layers = made.batch(6), made.layers(6)
     both = torch.cat((layers[1], layers[2]))
     layers[1], layers[2] = both[:6], both[5:11]
-    assert not made.forward(batch, layers)
-    assert "write to the same memory" in caplog.text
-    made.check_buffer({}, 0)
-    caplog.clear()
+    with pytest.raises(RuntimeError, match="write to the same memory"):
+        made.forward(batch, layers)
+    assert (made.table.tags < 0).all()
     made.eager.begin()
     assert made.capture(layers) == [False] * 3
     assert not made.store(batch)
     made.check_buffer(layers, 6)
-    assert not caplog.text
+
+
+@pytest.mark.parametrize("then", ["integers", "captured"])
+def test_of_a_layer_that_captures_twice_the_latest_counts(then: str) -> None:
+    made = Eager()
+    earlier, layers = made.layers(6), made.layers(6)
+    made.eager.begin()
+    made.capture(earlier)
+    made.on = then == "captured"
+    given = {layer: ids.to(torch.int64) for layer, ids in layers.items()}
+    assert made.capture(given if then == "integers" else layers) == [False] * 3
+    assert not made.store(made.batch(6))
+    made.check_buffer(layers, 6)
+    made.on = False
+    made.buffer.fill_(-1)
+    made.eager.begin()
+    made.capture(earlier)
+    made.capture(layers)
+    batch = made.batch(6)
+    assert made.store(batch)
+    made.check(batch, layers, 0)
+
+
+def test_layers_on_a_stream_beside_the_forward_s_are_copied_there() -> None:
+    """Their memory is given away in the order of that stream, which the kernel is not in."""
+    made = Eager()
+    layers = made.layers(6)
+    made.eager.begin()
+    made.stream = 8
+    assert made.capture(layers) == [False] * 3
+    made.stream = 7
+    assert not made.store(made.batch(6))
+    made.check_buffer(layers, 6)
+    made.stream = 8
+    assert made.forward(made.batch(6), made.layers(6)), "it is the forward's own now"
+
+
+def test_a_table_without_tags_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in host memory that was given back keeps its rows' memory."""
+    made = Eager()
+    rows = made.table.rows.clone()
+    monkeypatch.setattr(made.table, "state", lambda _: (made.table.rows.data_ptr(), 0, 0))
+    assert made.forward(made.batch(6), made.layers(6))
+    np.testing.assert_array_equal(made.table.rows, rows)
 
 
 def test_a_forward_that_ended_early_leaves_nothing_to_the_next() -> None:

@@ -263,8 +263,8 @@ def test_in_shadow_mode_sglang_s_own_rows_reach_its_host_cache_through_the_mark(
 class KeepingForwards:
     """Layers are kept; what is stored of them on a GPU is in the table already."""
 
-    def __init__(self, stores: bool) -> None:
-        self.stores = stores
+    def __init__(self, stores: bool, fails: bool = False) -> None:
+        self.stores, self.fails = stores, fails
         self.kept: list[int] = []
         self.epochs: list[int] = []
 
@@ -277,6 +277,8 @@ class KeepingForwards:
 
     def store(self, *given: Any) -> bool:
         self.epochs.append(given[-1])
+        if self.fails:
+            raise RuntimeError("injected")
         return self.stores
 
 
@@ -308,6 +310,48 @@ def test_layers_that_were_kept_are_copied_by_nobody_and_stored_once(
     capturer.forward(engine.batch(4), captured)
     assert eager.kept == [], "the next forward begins with none"
     assert eager.epochs == [0, 1], "an epoch that was used ended with the weights"
+
+
+def test_routes_that_cannot_be_stored_are_missing_whatever_the_buffer_holds(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    capturer, batch = engine.capturer, engine.batch(4)
+    capturer.forward(batch, engine.captured(4))
+    capturer._eager = KeepingForwards(False, fails=True)
+    left = engine.captured(6)
+    capturer.forward(batch, left).finalize()
+    assert "routes of a forward were lost" in caplog.text
+    assert (engine.table.tags < 0).all()
+    assert (left == -1).all()
+
+
+@pytest.mark.parametrize("ran", ["a graph", "eager"])
+def test_what_padding_left_in_the_capture_buffer_is_gone_after_the_forward(
+    engine: Engine, ran: str
+) -> None:
+    """A later forward's layer that does not capture would show it."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    capturer, batch, padded = engine.capturer, engine.batch(4), engine.captured(9)
+    batch.forward_mode = ForwardMode.EXTEND
+    capturer.on_forward_begin(batch)
+    buffer = capture(capturer, padded)
+    graph = None
+    if ran == "a graph":
+        graph, capturer._layers.written = 4, 0  # replayed, it writes past Python
+    capturer.end_forward(batch, buffer, graph=graph)
+    assert int((engine.table.tags >= 0).sum()) == 4
+    assert (buffer == -1).all()
+
+
+def test_a_forward_that_wrote_no_padding_has_nothing_put_behind_it(engine: Engine) -> None:
+    capturer, batch = engine.capturer, engine.batch(4)
+    capturer.on_forward_begin(batch)
+    buffer = capture(capturer, engine.captured(4))
+    buffer[4:] = 7
+    capturer.end_forward(batch, buffer)
+    assert (buffer[4:] == 7).all()
+    assert capturer._layers.written == 0
 
 
 @pytest.mark.parametrize("when", ["before any forward", "after a forward", "in a compiler"])

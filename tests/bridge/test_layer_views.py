@@ -39,6 +39,17 @@ def test_forwards_of_any_lengths_one_after_the_other_have_their_own_rows(
         assert (buffer[count:] == -1).all()
 
 
+def test_it_says_how_many_rows_were_written(buffer: torch.Tensor) -> None:
+    views = LayerViews(buffer)
+    assert views.written == 0
+    for count, most in ((5, 5), (9, 9), (2, 9)):
+        views.copy(1, routes(count)[1])
+        assert views.written == most
+    views.written = 0
+    views.copy(1, routes(2)[1])
+    assert views.written == 2
+
+
 def test_fused_shared_experts_are_left_out(buffer: torch.Tensor) -> None:
     ids = routes(4, TOP_K + 1)
     forward(LayerViews(buffer), ids)

@@ -21,11 +21,11 @@ def make(sglang: SimpleNamespace) -> Any:
     return moe_layers
 
 
-def layout(*modules: torch.nn.Module, device: str = "cpu") -> Any:
+def layout(*modules: torch.nn.Module, device: str = "cpu", config: Any = CONFIG) -> Any:
     from sglang_bridge.layers import route_layout
 
     model = torch.nn.ModuleList(modules)
-    return route_layout(model, model_name="made", config=CONFIG, device=device)
+    return route_layout(model, model_name="made", config=config, device=device)
 
 
 def test_only_the_layers_that_route_are_kept(make: Any) -> None:
@@ -37,6 +37,15 @@ def test_only_the_layers_that_route_are_kept(make: Any) -> None:
 def test_a_model_without_moe_layers_is_refused(make: Any) -> None:
     with pytest.raises(StartRefused, match="no MoE layer"):
         layout(torch.nn.Linear(2, 2))
+
+
+def test_zero_experts_are_refused(make: Any) -> None:
+    """SGLang replaces their ids, in the routers' own tensors, by that of the first expert."""
+    config = SimpleNamespace(**vars(CONFIG), zero_expert_num=256)
+    with pytest.raises(StartRefused, match="256 of the experts are zero experts"):
+        layout(make.router(1), make.experts(1), config=config)
+    config.zero_expert_num = 0
+    assert layout(make.router(1), make.experts(1), config=config).layer_ids == (1,)
 
 
 def test_hash_routing_is_refused(make: Any) -> None:

@@ -68,8 +68,9 @@ def test_forwards_that_are_launched_ahead_each_store_their_own_routes(
     assert (model.buffer == -1).all()
 
 
-def test_a_table_that_was_given_back_is_left_alone_and_found_again() -> None:
-    model = Model()
+@pytest.mark.parametrize("in_host_memory", [False, True], ids=["gpu table", "host table"])
+def test_a_table_that_was_given_back_is_left_alone_and_found_again(in_host_memory: bool) -> None:
+    model = Model(in_host_memory)
     given = model.inputs(24)
     model.fill(given, 1)
     model.table.give_back()
@@ -81,6 +82,16 @@ def test_a_table_that_was_given_back_is_left_alone_and_found_again() -> None:
     model.table.take_again()
     assert model.forward(given, 1)
     model.check(given, 1)
+
+
+def test_layers_on_a_stream_beside_the_forward_s_are_not_kept() -> None:
+    """Torch gives their memory away in the order of that stream."""
+    model = Model()
+    given = model.inputs(24)
+    model.eager.begin()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert not any(model.route(given.hidden, model.eager.keep))
+    torch.cuda.synchronize()
 
 
 def test_what_a_graph_is_made_of_is_not_kept() -> None:
