@@ -70,7 +70,8 @@ from rich.progress import Progress
 import shmroute
 
 BLOCKS = ("throughput", "together", "unasked", "itl", "latency", "memory", "turns", "steady")
-ROUNDS_BLOCKS = ("throughput", "together", "unasked", "itl")  # what little KV cache has room for
+# What little KV cache has room for.
+ROUNDS_BLOCKS = ("throughput", "together", "unasked", "itl", "steady")
 WORKER = Path(__file__).with_name("engine_worker.py")
 END_SECONDS = 10.0  # what killing an engine and writing the figures takes
 LOOK_SECONDS = 1.0

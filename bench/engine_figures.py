@@ -8,6 +8,7 @@ works, not how fast.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ MS, US, MIB = 1e3, 1e6, 1 / 2**20
 ROUTED = tuple(name for name in CONFIGURATIONS if name != "off")
 INTERVAL_LOADS, INTERVAL_DRAWS = 4, 10_000  # with fewer loads an interval says nothing
 STEPS_SHOWN = (1, 4, 160)  # finished requests in one step
+SAME_STEP_SECONDS = 0.01  # between requests that finish in one step, and no more
+AROUND_SECONDS = 0.05, 0.25  # before and behind a request's last chunk
 #: Where rows are delivered to, and in how many ms out of an arena at most.
 DELIVERIES = (("host", "trainer", 1.5), ("cuda", "trainer's GPU", 2.5))
 
@@ -193,24 +196,54 @@ def _inter_token(figures: Figures) -> None:
     names = dict.fromkeys(load["name"] for run in figures.runs for load in run.get("itl", ()))
     for length in names:
         for quantile, of, limit in QUANTILES:
-            values, medians = {}, {}
-            for name in CONFIGURATIONS:
-                loads = [one for one in figures.loads(name, "itl") if one["name"] == length]
-                each = [of(load["gaps"]) for load in loads if load["gaps"]]
-                if not each:
-                    continue
-                values[name], medians[name] = each, statistics.median(each)
-                what = f"{name}, {length} requests finish: ITL {quantile}"
-                figures.add(f"{what}, median of {len(each)} runs", medians[name], "ms")
-                if quantile == "max":
-                    figures.add(f"{what}, worst run", max(each), "ms")
-            for name in ROUTED:
-                if name in medians and "off" in medians:
-                    budget = limit if name == "arena" else None
-                    ratio = medians[name] / medians["off"]
-                    what = f"{name} / off, {length} requests finish: ITL {quantile}"
-                    figures.add(what, ratio, "x", budget)
-                    _add_interval(figures, what, values, name, 1, "x")
+            what = f"{length} requests finish: ITL {quantile}"
+            _gap_figures(figures, length, what, lambda load: load["gaps"], of, limit)
+        for count, how in ((1, "one finishes"), (4, "four finish at once")):
+            for quantile, of, _ in QUANTILES:
+                what = f"{length}, around where {how}: ITL {quantile}"
+                beside = functools.partial(_gaps_around, count=count)
+                _gap_figures(figures, length, what, beside, of, None)
+
+
+def _gap_figures(
+    figures: Figures,
+    length: str,
+    what: str,
+    gaps_of: Callable[[Any], Sequence[float]],
+    of: Callable[[Any], float],
+    limit: float | None,
+) -> None:
+    values: dict[str, list[float]] = {}
+    for name in CONFIGURATIONS:
+        loads = [one for one in figures.loads(name, "itl") if one["name"] == length]
+        each = [of(gaps) for gaps in map(gaps_of, loads) if len(gaps)]
+        if each:
+            values[name] = each
+            median = statistics.median(each)
+            figures.add(f"{name}, {what}, median of {len(each)} runs", median, "ms")
+            if what.endswith("max"):
+                figures.add(f"{name}, {what}, worst run", max(each), "ms")
+    for name in ROUTED:
+        if name in values and "off" in values:
+            ratio = statistics.median(values[name]) / statistics.median(values["off"])
+            ratio_of = f"{name} / off, {what}"
+            figures.add(ratio_of, ratio, "x", limit if name == "arena" else None)
+            _add_interval(figures, ratio_of, values, name, 1, "x")
+
+
+def _gaps_around(load: Any, count: int) -> list[float]:
+    """Gaps that end near a moment in which so many requests finished; none of older runs, which do
+    not say when their gaps ended.
+    """
+    finished = np.array(sorted(load["finish_times"]))
+    moments = np.split(finished, np.flatnonzero(np.diff(finished) > SAME_STEP_SECONDS) + 1)
+    ends = np.array(load.get("gap_ends", ()))
+    near = np.zeros(len(ends), dtype=bool)
+    for moment in moments:
+        if len(moment) == count:
+            begin, end = moment[0] - AROUND_SECONDS[0], moment[-1] + AROUND_SECONDS[1]
+            near |= (begin <= ends) & (ends <= end)
+    return [load["gaps"][at] for at in np.flatnonzero(near)]
 
 
 # -- from the last token to the rows -------------------------------------------------------------

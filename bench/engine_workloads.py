@@ -225,7 +225,8 @@ async def inter_token(load: Load, beside: SteadyStreams, finishes: LongFinishes)
     gaps = [gap for window in cut for stream in streams for gap in _gaps(stream, *window)]
     return {
         "name": finishes.name,
-        "gaps": [round(gap * 1e3, 4) for gap in gaps],
+        "gaps": [round((end - begin) * 1e3, 4) for begin, end in gaps],
+        "gap_ends": [round(end, 5) for _, end in gaps],
         "windows": cut,
         "windows_cut": sum(after != before for after, before in zip(cut, windows, strict=True)),
         "finish_times": [long.times[-1] for long in longs],
@@ -256,9 +257,10 @@ def echo_seconds(scale: Scale) -> float:
     return min(AFTER_FINISH_SECONDS, 5 * scale.settle_seconds)
 
 
-def _gaps(stream: EndedStream, began: float, end: float) -> list[float]:
+def _gaps(stream: EndedStream, began: float, end: float) -> list[tuple[float, float]]:
+    """Between which times a stream had no event, in a window."""
     return [
-        after - before
+        (before, after)
         for before, after in zip(stream.times, stream.times[1:], strict=False)
         if before >= began and after <= end
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import engine_figures
 import pytest
 from engine_figures import result_rows
 
@@ -122,7 +123,8 @@ def test_a_batch_that_is_sent_in_one_request_has_its_own_budget():
 def test_so_does_one_of_inter_token_latencies():
     def load(gap):
         gaps = [20.0] * 50 + [gap] * 50
-        return {"name": "8K", "gaps": gaps, "windows_cut": 0, "route_bytes": 0}
+        seen = {"gaps": gaps, "windows_cut": 0, "finish_times": [], "route_bytes": 0}
+        return {"name": "8K", **seen}
 
     runs = [turn_of("off", 100.0, 1.0, 0) for _ in range(4)]
     runs += [turn_of("arena", 100.0, 2.0, 1) for _ in range(4)]
@@ -134,3 +136,15 @@ def test_so_does_one_of_inter_token_latencies():
     assert rows[what].value == pytest.approx(23.5 / 21.5)
     assert low < rows[what].value < high
     assert rows[f"{what}, 95% interval, low"].unit == "x"
+
+
+def test_gaps_around_finishes_are_told_by_how_many_finished():
+    load = {
+        "finish_times": [10.0, 20.0, 20.004, 20.001, 20.002, 30.0, 30.001],
+        "gap_ends": [9.9, 9.96, 10.2, 10.3, 20.0, 20.2, 30.0],
+        "gaps": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    }
+    assert engine_figures._gaps_around(load, 1) == [2.0, 3.0]
+    assert engine_figures._gaps_around(load, 4) == [5.0, 6.0]
+    del load["gap_ends"]
+    assert engine_figures._gaps_around(load, 1) == []
