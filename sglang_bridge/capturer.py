@@ -117,7 +117,7 @@ class ArenaCapturer(RoutedExpertsCapturer):
         self._eager: EagerForwards | None = None
         self._multimodal = bool(model_config.is_multimodal)
         self._entry: _Entry | None = None
-        self._warmed_up = True  # through the capture buffer, most likely
+        self._dirty = True  # warm-ups most likely go through the capture buffer
         self._num_tokens = num_tokens
         if _is_owner():
             self._own(settings, model, model_config, device)
@@ -234,7 +234,8 @@ class ArenaCapturer(RoutedExpertsCapturer):
         Before the model runs, because multimodal code clamps ids in place, and data
         parallelism pads them and does not take it back.
         """
-        self._entry = None
+        if self._entry is not None:  # a forward whose end was not seen
+            self._entry, self._dirty = None, True
         publisher = self.publisher
         if publisher is None:
             return
@@ -247,11 +248,11 @@ class ArenaCapturer(RoutedExpertsCapturer):
             # Whatever else goes wrong: a decode graph stores its routes by itself.
             number = publisher.gatherer.forward_begins(decodes)
         if graphs is not None and graphs.before_forward(self.epochs.current):
-            self._warmed_up = True
-        if self._warmed_up:
-            # A layer that does not capture must not show what a warm-up left.
-            self._every_row.fill_(-1)
-            self._warmed_up = False
+            self._dirty = True
+        if self._dirty or self._layers.written:
+            # A layer that does not capture must not show what others have left.
+            self._clear_behind(0, everything=self._dirty)
+            self._dirty = False
         tokens = forward_batch.input_ids
         # The second question looks at every request of the batch.
         if self._multimodal and forward_batch.contains_mm_inputs():
@@ -302,12 +303,15 @@ class ArenaCapturer(RoutedExpertsCapturer):
         else:
             self._scatter(self.publisher, captured, entry)
             if not self._shares_buffer:
-                self._clear_padding(0 if entry is None else len(entry.tokens), can_run_graph)
+                # How many rows a graph has is not told.
+                tokens = 0 if entry is None else len(entry.tokens)
+                self._clear_behind(tokens, everything=can_run_graph)
         if self._shares_buffer:
             # What other ranks' tokens left here would show where, next time, ours are in a layer
             # that does not capture.
             rows = rows_of_all_ranks(forward_batch, can_run_graph, cuda_graph_batch)
             self.device_cache.buffer[:rows].fill_(-1)
+            self._layers.written = 0
         return ForwardMark(self.publisher, entry, native)
 
     def _scatter(self, publisher: Publisher, captured: torch.Tensor, entry: _Entry | None) -> None:
@@ -333,12 +337,13 @@ class ArenaCapturer(RoutedExpertsCapturer):
             publisher.counters.add("hook_errors")
             self._forget(captured)
 
-    def _clear_padding(self, tokens: int, in_graph: bool) -> None:
+    def _clear_behind(self, tokens: int, *, everything: bool) -> None:
         """Put -1 behind a forward's own rows, where the scatter did not, or padding's routes would
         show there, next time, in a layer that does not capture.
+
+        ``everything``: not only where layers have copied their routes.
         """
-        # How many rows a graph has is not told.
-        written = len(self._every_row) if in_graph else self._layers.written
+        written = len(self._every_row) if everything else self._layers.written
         if written > tokens:
             self._every_row[tokens:written].fill_(-1)
         self._layers.written = 0

@@ -98,7 +98,7 @@ class DecodeGraphs:
         if place is None or not self._capturing():
             return False
         if any(place <= earlier for earlier in outputs.kept):
-            outputs.kept.clear()  # of a capture that was given up
+            outputs.clear()  # of a capture that was given up
         return self._graphs < _GRAPHS_MAX and outputs.keep(place, ids)
 
     def end_capture(self, runner: Any, _output: Any, forward_batch: Any, tokens: int) -> None:
@@ -118,7 +118,7 @@ class DecodeGraphs:
         try:
             self._put_at_end(outputs, forward_batch, tokens)
         finally:
-            outputs.kept.clear()
+            outputs.clear()
 
     def _put_at_end(self, outputs: RouterOutputs, batch: Any, tokens: int) -> None:
         if not outputs.apart():

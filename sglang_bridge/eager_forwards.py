@@ -76,7 +76,7 @@ class EagerForwards:
 
     def begin(self) -> None:
         """A forward begins on this stream: what one before it has left is none of its."""
-        self._outputs.kept.clear()
+        self._outputs.clear()
         self._whole = True
         self._forward = self._stream(self._device)
 
@@ -97,12 +97,12 @@ class EagerForwards:
             and len(ids) <= self._tokens_max
             and self._stream(self._device) == self._forward
             and not self._capturing()
-            and self._outputs.keep(place, ids)
         ):
-            return True
-        self._outputs.kept.pop(place, None)
-        self._whole = False
-        return False
+            self._whole = self._outputs.keep(place, ids)
+        else:
+            self._outputs.refuse(place, ids)
+            self._whole = False
+        return self._whole
 
     def store(
         self,
@@ -140,7 +140,7 @@ class EagerForwards:
             self._launch(locations, tokens, positions)
             return True
         finally:
-            outputs.kept.clear()
+            outputs.clear()
 
     def _holds(self, tokens: int) -> bool:
         """Whether every layer of the forward is kept, and nothing of it is in the buffer."""

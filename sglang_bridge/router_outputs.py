@@ -17,7 +17,7 @@ their addresses (``kernels.AddressScatter``). What makes that right, in a decode
                                      taken at once
     no two layers share memory       a router that makes its output in memory of its own, again in
                                      each layer, would leave the last one's there: ``apart`` tells,
-                                     of those that are kept
+                                     also of a tensor that could not be kept
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class RouterOutputs:
         self._place = {number: at for at, number in enumerate(layer_ids)}
         self._columns = columns
         self.kept: dict[int, torch.Tensor] = {}
+        self._beside: list[tuple[int, int]] = []
 
     def place(self, layer_id: int) -> int | None:
         """Of a layer whose routes are stored; None of any other."""
@@ -50,12 +51,24 @@ class RouterOutputs:
 
     def keep(self, place: int, ids: torch.Tensor) -> bool:
         """Reference a layer's tensor if the kernel can read it: ``int32 [tokens, columns]``,
-        contiguous.
+        contiguous. If not, it is ``refuse``d.
         """
         fits = ids.dtype == torch.int32 and ids.shape[1] == self._columns and ids.is_contiguous()
         if fits:
             self.kept[place] = ids
+        else:
+            self.refuse(place, ids)
         return fits
+
+    def refuse(self, place: int, ids: torch.Tensor) -> None:
+        """A layer's tensor is not kept, and nothing that was kept of that layer before counts."""
+        self.kept.pop(place, None)
+        if self.kept:
+            self._beside.append(_span(ids))
+
+    def clear(self) -> None:
+        self.kept.clear()
+        self._beside.clear()
 
     @property
     def complete(self) -> bool:
@@ -68,6 +81,18 @@ class RouterOutputs:
         return [kept[at].data_ptr() if at in kept else 0 for at in range(len(self._place))]
 
     def apart(self) -> bool:
-        """Whether no two layers share memory."""
+        """Whether what is kept shares memory with no other layer's tensor."""
         spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in self.kept.values())
-        return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        among = all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        return among and all(
+            to <= begin or end <= at for at, to in self._beside for begin, end in spans
+        )
+
+
+def _span(ids: torch.Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and behind its last, whatever its strides."""
+    begin = ids.data_ptr()
+    if not ids.numel():
+        return begin, begin
+    steps = zip(ids.shape, ids.stride(), strict=True)
+    return begin, begin + (1 + sum((n - 1) * step for n, step in steps)) * ids.element_size()

@@ -993,6 +993,14 @@ _BRIDGE = (
         ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
     ),
     Guard(
+        "memory that a layer shares with one that could not be kept",
+        "of two of which only one is left, neither is believed",
+        "sglang_bridge/router_outputs.py",
+        "            self._beside.append(_span(ids))\n",
+        "            pass\n",
+        ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
+    ),
+    Guard(
         "a forward of which only a part was kept",
         "what graphs or compiled code have written into the buffer is not overlooked",
         "sglang_bridge/eager_forwards.py",
@@ -1011,8 +1019,8 @@ _BRIDGE = (
     Guard(
         "the latest capture of a layer",
         "what an earlier one kept does not take its place",
-        "sglang_bridge/eager_forwards.py",
-        "        self._outputs.kept.pop(place, None)\n",
+        "sglang_bridge/router_outputs.py",
+        "        self.kept.pop(place, None)\n",
         "",
         ("bridge/test_kernels.py::test_the_kernels_do_what_torch_does_in_every_case",),
     ),
@@ -1033,6 +1041,17 @@ _BRIDGE = (
         (
             "bridge/test_capturer.py::"
             "test_what_padding_left_in_the_capture_buffer_is_gone_after_the_forward",
+        ),
+    ),
+    Guard(
+        "the capture buffer cleared of a forward whose end was not seen",
+        "its routes are not taken for those of a layer that does not capture",
+        "sglang_bridge/capturer.py",
+        "            self._entry, self._dirty = None, True\n",
+        "            self._entry = None\n",
+        (
+            "bridge/test_capturer.py::"
+            "test_what_a_forward_left_whose_end_was_not_seen_is_gone_before_the_next",
         ),
     ),
     Guard(

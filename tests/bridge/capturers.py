@@ -41,8 +41,9 @@ class WithoutModel(ArenaCapturer):
         self.epochs, self.table = WeightEpochs(), table
         self._entry, self._shares_buffer, self._multimodal = None, False, True
         self._decode_graphs, self._eager = None, None
-        self._warmed_up, self._copies = False, True
-        self._layers = LayerViews(torch.empty((0, 0, 0), dtype=torch.int32))
+        self._dirty, self._copies = False, True
+        self._every_row = torch.empty((0, 0, 0), dtype=torch.int32)
+        self._layers = LayerViews(self._every_row)
 
     def forward(self, batch: Any, captured: torch.Tensor) -> Any:
         """One forward; returns what rides with its result through SGLang's overlap."""

@@ -456,6 +456,24 @@ def test_a_router_that_reuses_its_memory_costs_one_forward_s_routes() -> None:
     made.check_buffer(layers, 6)
 
 
+@pytest.mark.parametrize("how", ["strides", "later"])
+def test_so_does_one_whose_output_is_kept_in_one_layer_only(how: str) -> None:
+    made = Eager()
+    batch, layers = made.batch(6), made.layers(6)
+    memory = layers[1]
+    if how == "strides":
+        layers[2] = memory.as_strided((6, 3), (1, 6), 0).copy_(layers[2])
+    else:
+        layers[2], layers[4] = layers[2].to(torch.int64), memory.copy_(layers[4])
+    with pytest.raises(RuntimeError, match="write to the same memory"):
+        made.forward(batch, layers)
+    apart = made.layers(6)
+    apart[2] = apart[2].to(torch.int64)
+    made = Eager()
+    assert not made.forward(batch, apart)
+    made.check_buffer(apart, 6)
+
+
 @pytest.mark.parametrize("then", ["integers", "captured"])
 def test_of_a_layer_that_captures_twice_the_latest_counts(then: str) -> None:
     made = Eager()

@@ -189,14 +189,39 @@ def test_what_warm_ups_left_in_the_capture_buffer_is_gone_before_a_forward(
     """A layer that does not capture would show it."""
     capturer = engine.capturer
     capturer._every_row = left = engine.captured(4)
-    capturer._warmed_up = what == "the first forward"
+    capturer._dirty = what == "the first forward"
     graphs.captured = what == "new graphs"
     capturer.on_forward_begin(engine.batch(4))
     assert (left == -1).all()
-    capturer._every_row = left = engine.captured(4)
+    capturer.end_forward(engine.batch(4), left)
     graphs.captured = False
+    capturer._every_row = left = engine.captured(4)
     capturer.on_forward_begin(engine.batch(4))
     assert (left >= 0).any()
+
+
+@pytest.mark.parametrize("past_python", [True, False])
+def test_what_a_forward_left_whose_end_was_not_seen_is_gone_before_the_next(
+    engine: Engine, past_python: bool
+) -> None:
+    """Its layers' copies, and what a graph of it wrote."""
+    capturer = engine.capturer
+    capturer.on_forward_begin(engine.batch(4))
+    buffer = capture(capturer, engine.captured(4))
+    capturer._every_row = buffer
+    if past_python:
+        buffer[4:9] = 7
+    capturer.on_forward_begin(engine.batch(4))
+    assert (buffer == -1).all()
+
+
+def test_what_layers_copied_outside_of_forwards_is_gone_before_the_next(engine: Engine) -> None:
+    capturer = engine.capturer
+    buffer = capture(capturer, engine.captured(4))
+    capturer._every_row = buffer
+    capturer.on_forward_begin(engine.batch(4))
+    assert (buffer == -1).all()
+    assert capturer._layers.written == 0
 
 
 @pytest.mark.parametrize("decodes", [True, False])
