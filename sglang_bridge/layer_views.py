@@ -1,10 +1,12 @@
 """Copying each layer's routes into the capture buffer, by views that are kept.
 
-Problem: outside a decode graph every layer copies its routes when its router has made them. Slices
-and the copy are several calls of torch's, each in caches that the layers' own work has filled. A
-prefill of 8,192 tokens on an H200 whose host was slow spent 118 ms launching kernels with routes
-off and 135 ms with them, so that it, and not the GPU, said how long the prefill took (the scheduler
-thread's trace of ``bench/engine.py --rounds 5 --trace``, at 3bfcdd2).
+Problem: where routes are not read off the routers' own tensors (on a CPU, with DP attention, and
+what ``eager_forwards`` leaves) every layer copies its own when its router has made them. Slices
+and the copy are several calls of torch's, each in caches that the layers' own work has filled.
+When all forwards outside of graphs did so, a prefill of 8,192 tokens on an H200 with a slow host
+spent 118 ms launching kernels with routes off and 135 ms with them, so that it, and not the GPU,
+said how long the prefill took (the scheduler thread's trace of ``bench/engine.py --rounds 5
+--trace``, at 3bfcdd2).
 
 Approach: forwards of one length, as the chunks of a long prefill are, have the same views. They are
 made in the first one and kept until a forward has another length, so a layer is one call.

@@ -141,6 +141,13 @@ class Routers:
         shared = torch.full((tokens, extra), ROUTES.num_experts, dtype=torch.int32)
         return {layer: torch.cat((routes[:, layer], shared), dim=1) for layer in ROUTES.layer_ids}
 
+    def layers_in_one_memory(self, tokens: int) -> dict[int, torch.Tensor]:
+        """The same; the last row of one layer's is the first of the next one's."""
+        layers = self.layers(tokens)
+        both = torch.cat((layers[1], layers[2]))
+        layers[1], layers[2] = both[:tokens], both[tokens - 1 : 2 * tokens - 1]
+        return layers
+
     def check(self, batch: SimpleNamespace, layers: Mapping[int, torch.Tensor], epoch: int) -> None:
         """The table holds what the torch form would have put there."""
         tokens = len(batch.input_ids)
@@ -236,9 +243,7 @@ def test_two_graphs_for_as_many_tokens_must_both_store() -> None:
 
 def test_layers_that_share_memory_end_the_capture() -> None:
     made = Captured()
-    batch, layers = made.batch(6), made.layers(6)
-    both = torch.cat((layers[1], layers[2]))
-    layers[1], layers[2] = both[:6], both[5:11]
+    batch, layers = made.batch(6), made.layers_in_one_memory(6)
     with pytest.raises(RuntimeError, match="write to the same memory"):
         made.capture(batch, layers)
 
@@ -444,9 +449,7 @@ def test_a_forward_longer_than_is_kept_goes_through_the_buffer(
 def test_a_router_that_reuses_its_memory_costs_one_forward_s_routes() -> None:
     """Whatever the buffer holds: an error has its rows declared missing (``test_capturer``)."""
     made = Eager()
-    batch, layers = made.batch(6), made.layers(6)
-    both = torch.cat((layers[1], layers[2]))
-    layers[1], layers[2] = both[:6], both[5:11]
+    batch, layers = made.batch(6), made.layers_in_one_memory(6)
     with pytest.raises(RuntimeError, match="write to the same memory"):
         made.forward(batch, layers)
     assert (made.table.tags < 0).all()
