@@ -114,6 +114,8 @@ class DeviceGatherer:
             arena.memory.description.heap_bytes,
             what=f"arena {arena.segment.data}",
             device=self.device.index,
+            # A gauge that nothing else of this bank writes to.
+            locked=lambda: counters.set("page_locked_bytes", arena.memory.heap.nbytes),
         )
         # torch hands out streams of a small pool in turns. Those of another priority are none
         # that SGLang's forwards or copies could have been given.
@@ -134,7 +136,6 @@ class DeviceGatherer:
         self._in_doubt: list[HostBuffer] = []
         # Each counted by one thread: the scheduler's, the sealer's.
         self._pageable_launched, self._pageable_copied = 0, 0
-        self._said_locked = False  # in the counters
         self._ordered, self._aside, self._unfenced = False, False, False
         # Every request holds fewer locations than there are, and few share many of them.
         self._locations = torch.empty(
@@ -300,9 +301,6 @@ class DeviceGatherer:
                 logger.exception("shmroute: the rows of finished requests could not be gathered")
                 work.fail(error)
             self._hand_over(work)
-        if not self._said_locked and self.page_lock.ready:
-            self._counters.set("page_locked_bytes", self._heap.nbytes)
-            self._said_locked = True
 
     def _launch(self, work: _Run) -> None:
         run = work.run

@@ -39,6 +39,7 @@ import resource
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,8 @@ class PageLock:
     device
         The CUDA device whose context registers it; None: the one that is current at
         ``start`` or ``run``.
+    locked
+        Called once it is locked, by the thread that did it; ``close`` waits for its end.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class PageLock:
         what: str,
         read_only: bool = False,
         device: int | None = None,
+        locked: Callable[[], object] = lambda: None,
     ) -> None:
         if address <= 0 or size <= 0:
             raise ValueError(f"{size} bytes at {address:#x} cannot be page-locked")
@@ -97,6 +101,7 @@ class PageLock:
         self._what = what
         self._read_only = read_only
         self._device = device
+        self._locked = locked
         self._pid = os.getpid()
         self._state = _State.NEW
         self._refused: str | None = None
@@ -219,16 +224,19 @@ class PageLock:
         self._finish(refused)
 
     def _finish(self, refused: str | None) -> None:
-        with self._guard:
-            self._locking_thread = None
-            if self._state is _State.CLOSED:
-                if refused is None:
+        try:
+            with self._guard:
+                self._locking_thread = None
+                if self._state is not _State.CLOSED:
+                    self._refused = refused
+                    self._state = _State.LOCKED if refused is None else _State.REFUSED
+                elif refused is None:
                     self._unregister()
-            else:
-                self._refused = refused
-                self._state = _State.LOCKED if refused is None else _State.REFUSED
-        _under_way.discard(self)
-        self._settled.set()
+                if self._state is _State.LOCKED:
+                    self._locked()
+        finally:
+            _under_way.discard(self)
+            self._settled.set()
         if self._state is _State.REFUSED:
             logger.warning("%s", self._explanation())
 

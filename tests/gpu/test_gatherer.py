@@ -212,15 +212,16 @@ def test_an_engine_s_arena_is_locked_once_its_pages_are_entered(
     assert lock.refused is None
     pageable = bridge.counters["pageable_copies"]
     assert pageable > 0
+    assert bridge.counters["page_locked_bytes"] == 0
     held.set()
     assert entered.wait(30)
     assert lock.wait(30)
+    assert bridge.counters["page_locked_bytes"] == bridge.arena.memory.heap.nbytes
     behind = [bridge.serve(f"behind-{i}", 500) for i in range(3)]
     bridge.flush()
     check(behind)
     assert bridge.gatherer._heap.is_pinned()
     assert bridge.counters["pageable_copies"] == pageable
-    assert bridge.counters["page_locked_bytes"] == bridge.arena.memory.heap.nbytes
 
 
 def test_an_engine_that_ends_before_that_leaves_nothing_locked(

@@ -166,6 +166,37 @@ def test_closing_waits_for_the_thread_that_is_at_it(lock, monkeypatch):
     assert given_back == [True]
 
 
+def test_who_wants_to_know_is_told_once_it_is_locked(memory, monkeypatch):
+    told = []
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    lock = PageLock(address, 4096, what="news", locked=lambda: told.append(lock.ready))
+    monkeypatch.setattr(lock, "_register", lambda: None)
+    monkeypatch.setattr(lock, "_unregister", lambda: None)
+    lock.start()
+    assert lock.wait(30)
+    lock.start()
+    lock.close()
+    assert told == [True]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_of_a_lock_that_is_refused_or_closed_meanwhile_nobody_is_told(memory, monkeypatch, closed):
+    told = []
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    lock = PageLock(address, 4096, what="news", locked=lambda: told.append(True))
+
+    def register():
+        if closed:
+            lock.close()  # as the collector may, on this thread
+            return None
+        return "no"
+
+    monkeypatch.setattr(lock, "_register", register)
+    monkeypatch.setattr(lock, "_unregister", lambda: None)
+    assert not lock.run()
+    assert not told
+
+
 def test_a_closed_lock_cannot_be_started(lock, caplog):
     lock.close()
     lock.close()
