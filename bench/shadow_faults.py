@@ -78,19 +78,18 @@ def _no_fence() -> None:
 
 
 def _copy_error() -> None:
-    """One copy fails as a broken device would make it."""
-    from sglang_bridge.errors import DeviceError
-    from sglang_bridge.gather_device import DeviceGatherer
+    """One copy is asked for from address 0, which the driver refuses."""
+    from sglang_bridge import gather_device
 
-    copy, seen = DeviceGatherer.copy_rows, [0]
+    copy, seen = gather_device.DeviceGatherer.copy_rows, [0]
 
     def failing(self: Any, run: Any, lane: Any) -> None:
         seen[0] += 1
         if seen[0] == _COPIES_BEFORE_ERROR:
-            raise DeviceError("cuMemcpyAsync: an error injected into the copy path")
+            gather_device.copy(self._heap_address + run.offset, 0, run.nbytes, self._copy)
         copy(self, run, lane)
 
-    DeviceGatherer.copy_rows = failing  # type: ignore[method-assign]
+    gather_device.DeviceGatherer.copy_rows = failing  # type: ignore[method-assign]
 
 
 def _timed_snapshots() -> None:
