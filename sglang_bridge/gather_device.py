@@ -15,6 +15,10 @@ Two streams, so that the next gather, and through it the next forward, never que
 rows on PCIe, unless the lanes are full. The forward that wrote the rows is over when its result
 is processed (the scheduler waited for it), so the gather need not wait for it.
 
+Why staging: a kernel can write into the page-locked arena itself, by five calls of the driver less.
+But it keeps multiprocessors waiting for PCIe, and the forward beside it waits with them: for two
+thirds of that time and more, on an H200, where the copy engine takes a tenth.
+
 The snapshot and the schedule stream
     SGLang rewrites the request's row of ``req_to_token`` right after the hook, on the schedule
     stream. Where no forward is in flight, the snapshots of a step are simply copies on that
