@@ -206,7 +206,11 @@ class Arena:
         return self.segment.arena
 
     def close(self) -> None:
-        """End the writing; records that nobody released or that are leased stay readable."""
+        """End the writing; records that nobody released or that are leased stay readable.
+
+        It waits for calls under way, so not from a signal's handler, which may have come in the
+        middle of one of its own thread: raise SystemExit there, and close where that arrives.
+        """
         if self._life_fd < 0:
             return
         self.population.stop()
