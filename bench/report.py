@@ -203,7 +203,8 @@ def _output(results: Results) -> Iterator[tuple[str, ...]]:
         shares.append(f"{results.median(found, name):.1f}%")
         used += found
     yield (
-        "output with routes, of that without, 160 requests that finish in one step",
+        "output with routes, of that without, 160 requests that finish in one step: median of the "
+        "results without a trace",
         *shares,
         "",
         *_origin(*used),
