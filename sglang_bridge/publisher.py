@@ -147,7 +147,7 @@ class Publisher:
         described = self._described
         finished = len(described)
         try:
-            if finished:
+            if finished > 1:
                 self._issue_together()
             while described:
                 request = described.popleft()

@@ -190,8 +190,7 @@ class RecordWriter:
         with self._reserving:
             if self._closed:
                 raise ShmRouteError("the arena is closed in this process")
-            if self._freed:
-                self._take_back(_TAKEN_BACK_AT_ONCE)
+            self._take_back_some()
             slot, offset = self._allocate(plan.total_bytes, after)
             generation = self._begin(slot, name, offset, plan.total_bytes)
             self.counters.add("reserved")
@@ -218,8 +217,7 @@ class RecordWriter:
         with self._reserving:
             if self._closed or not plans:
                 return records
-            if self._freed:
-                self._take_back(_TAKEN_BACK_AT_ONCE + len(plans))
+            self._take_back_some(len(plans))
             offset = self._allocator.allocate(size, _end_of(after))
             if offset is None:
                 return records
@@ -382,6 +380,13 @@ class RecordWriter:
 
     def _has_room(self, size: int) -> bool:
         return self._allocator.largest >= size and bool(self._free_slots)
+
+    def _take_back_some(self, more: int = 0) -> None:
+        """Take back some of the freed pieces, and so many ``more``. Not at every request: each of
+        several in a row costs a fraction of what one alone does.
+        """
+        if len(self._freed) >= _TAKEN_BACK_AT_ONCE:
+            self._take_back(_TAKEN_BACK_AT_ONCE + more)
 
     def _take_back(self, limit: int | None = None) -> None:
         waiting = len(self._freed)

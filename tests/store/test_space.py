@@ -452,6 +452,17 @@ def test_one_reserve_takes_back_a_few_freed_records_only(freed):
     assert len(freed.writer._freed) == 64 - 8
 
 
+def test_a_few_freed_records_wait_until_they_are_several_or_needed(make_arena):
+    arena = make_arena()
+    for freed in range(1, 8):
+        arena.reserve(f"rid-{freed}", tokens=1).fail("its space comes free")
+        assert len(arena.writer._freed) == freed
+    arena.reserve("eighth", tokens=1).fail("its space comes free")
+    assert len(arena.writer._freed) == 8
+    arena.reserve("behind them", tokens=1)
+    assert not arena.writer._freed
+
+
 def test_a_reserve_takes_back_all_that_it_needs(freed):
     size = freed.writer._allocator.total
     rows = size // freed.memory.description.routes.row_bytes
