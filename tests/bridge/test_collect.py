@@ -433,20 +433,21 @@ def test_a_step_s_responses_pass_one_hook(
     assert calls == [(running, None)]
 
 
+@pytest.mark.parametrize("rids", [("once",), ("once", "beside", "and a third")])
 def test_a_request_whose_response_is_asked_for_again_keeps_its_one_ticket(
-    scheduler: Scheduler,
+    scheduler: Scheduler, rids: tuple[str, ...]
 ) -> None:
     from sglang_bridge import collect
 
-    ((req, _),) = ended(scheduler, "once")
-    collect.issue([req])
-    ticket = req.routed_experts
-    collect.issue([req])
+    reqs = [req for req, _ in ended(scheduler, *rids)]
+    collect.issue(reqs)
+    tickets = [req.routed_experts for req in reqs]
+    collect.issue(reqs)
     collect.flush()
     collect.flush()
-    assert req.routed_experts is ticket
+    assert all(req.routed_experts is ticket for req, ticket in zip(reqs, tickets, strict=True))
     counts = check_sums(scheduler)
-    assert (counts["finished"], counts["tickets"], counts["sealed"]) == (1, 1, 1)
+    assert (counts["finished"], counts["tickets"], counts["sealed"]) == (len(rids),) * 3
 
 
 @pytest.mark.parametrize("when", ["a later forward ends", "a result is processed", "the engine"])
