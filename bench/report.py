@@ -127,7 +127,12 @@ def _kept(row: dict) -> str:
 
 def _table(head: Sequence[str], lines: Iterator[Sequence[str]]) -> str:
     shown = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in shown)
+    return "".join(f"| {' | '.join(map(_escaped, cells))} |\n" for cells in shown)
+
+
+def _escaped(cell: str) -> str:
+    """A cell's text may have the character that ends cells."""
+    return cell.replace("|", "\\|")
 
 
 # -- the four figures ----------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def _output(results: Results) -> Iterator[tuple[str, ...]]:
         used += found
     yield (
         "output with routes, of that without, 160 requests that finish in one step: median of the "
-        "results without a trace",
+        "results, untraced ones where there are",
         *shares,
         "",
         *_origin(*used),

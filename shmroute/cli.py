@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(
         f"the shmroute command needs {missing.name}, which is not installed. "
-        "Remedy: pip install 'shmroute[cli]'"
+        "Remedy: pip install '.[cli]' in shmroute's own folder"
     )
 
 # Wide enough for every line when the output goes into a file or a pipe.

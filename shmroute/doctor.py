@@ -18,6 +18,7 @@ from . import segments
 
 PLUGIN, PLUGIN_GROUP = "shmroute", "sglang.srt.plugins"
 OLDEST_SGLANG, NEWEST_SGLANG = (0, 5, 13), (0, 5, 23)
+SGLANG_ON_GPUS = (0, 5, 17)
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 _GPU_DEVICE = Path("/dev/nvidiactl")
 
@@ -91,7 +92,10 @@ def _node(capacity: int) -> Iterator[Finding]:
 def _sglang(capacity: int) -> Iterator[Finding]:
     found = _sglang_version()
     if found is None:
-        remedy = "pip install 'shmroute[sglang]' where the engine runs; a trainer needs it not"
+        remedy = (
+            "pip install '.[sglang]' in shmroute's own folder, where the engine runs; a trainer "
+            "needs it not"
+        )
         yield Finding("sglang", NOTE, "not installed in this environment", remedy)
         return
     version = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
@@ -101,6 +105,12 @@ def _sglang(capacity: int) -> Iterator[Finding]:
     elif version > NEWEST_SGLANG:
         remedy = "nothing, if the engine starts: it stops at start where a hook site has changed"
         yield Finding("sglang", NOTE, f"{found}, newer than {newest}", remedy)
+    elif version != SGLANG_ON_GPUS and _GPU_DEVICE.exists():
+        tested = ".".join(map(str, SGLANG_ON_GPUS))
+        remedy = (
+            f"nothing, if --shmroute-shadow finds no difference; or pip install sglang=={tested}"
+        )
+        yield Finding("sglang", NOTE, f"{found}; on a GPU {tested} is tested", remedy)
     else:
         yield Finding("sglang", OK, found)
     yield from _plugin()
@@ -114,7 +124,7 @@ def _plugin() -> Iterator[Finding]:
         if entry.name == PLUGIN
     ]
     if not visible:
-        remedy = "pip install shmroute into the environment that sglang runs in"
+        remedy = "pip install . in shmroute's own folder, into the environment that sglang runs in"
         yield Finding(what, PROBLEM, "SGLang cannot see it", remedy)
         return
     # Read as SGLang reads it: empty is no whitelist, a lone comma is one that admits nothing.

@@ -233,7 +233,8 @@ def _skim(envelope: bytes | bytearray | memoryview) -> SkimmedTicket | InlineRec
         magic, version, kind, body, _pad = fields
     except Exception as error:  # msgpack raises a dozen types for garbage
         raise InvalidTicket(
-            f"these {len(envelope)} bytes are no shmroute ticket ({type(error).__name__}: {error})"
+            f"{len(envelope)} bytes are no shmroute ticket ({type(error).__name__}: {error}). "
+            "Of an engine without --shmroute-arena they are SGLang's own rows"
         ) from error
     if magic != _MAGIC:
         raise InvalidTicket(f"these {len(envelope)} bytes are no shmroute ticket: no mark")
@@ -422,7 +423,8 @@ def _carried(response: Mapping[str, Any]) -> str:
     if not isinstance(text, str):
         raise InvalidTicket(
             f"the response carries no routed_experts (keys: {sorted(map(str, response))[:12]}): "
-            "send the request with return_routed_experts=True, and read a stream's last chunk"
+            "send the request with return_routed_experts=True to an engine that has an arena "
+            "(--shmroute-arena), and read a stream's last chunk"
         )
     return text
 

@@ -18,7 +18,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shmroute
+from shmroute import doctor
 from shmroute.cli import main
+from shmroute.doctor import NOTE, OK
 from shmroute.segments import path_of
 
 SHM = Path("/dev/shm")
@@ -360,6 +362,20 @@ def test_doctor_accepts_a_whitelist_with_the_plugin():
     assert line_of(output, "ok      plugin")
 
 
+@pytest.mark.parametrize(
+    ("version", "on_gpu", "verdict"),
+    [("0.5.17", True, OK), ("0.5.23", True, NOTE), ("0.5.23", False, OK), ("9.0", False, NOTE)],
+)
+def test_doctor_notes_a_version_that_is_not_the_one_tested_on_a_gpu(
+    monkeypatch, tmp_path, version, on_gpu, verdict
+):
+    monkeypatch.setattr(doctor, "_sglang_version", lambda: version)
+    monkeypatch.setattr(doctor, "_GPU_DEVICE", tmp_path if on_gpu else tmp_path / "none")
+    found = next(finding for finding in doctor.examine(1 << 20) if finding.what == "sglang")
+    assert (found.verdict, version in found.found) == (verdict, True)
+    assert bool(found.remedy) == (verdict == NOTE)
+
+
 # -- the command itself --------------------------------------------------------------------------
 
 
@@ -373,7 +389,7 @@ def test_without_click_the_command_says_how_to_install_it():
     code = "import sys; sys.modules['click'] = None; import shmroute.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pip install 'shmroute[cli]'" in done.stderr
+    assert "pip install '.[cli]' in shmroute's own folder" in done.stderr
 
 
 def test_an_unknown_command_is_a_usage_error():

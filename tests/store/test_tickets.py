@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -302,3 +303,10 @@ def test_a_body_that_is_no_ticket_s_is_refused(body):
     for read in (decode, skim_source):
         with pytest.raises(InvalidTicket):
             read(msgpack.packb(["shmr", 1, 0, body, b""]))
+
+
+def test_rows_of_an_engine_without_an_arena_are_named_for_what_they_are():
+    rows = np.arange(2 * 3 * 4, dtype=np.int32)
+    native = base64.b64encode(rows.tobytes()).decode()
+    with pytest.raises(InvalidTicket, match="without --shmroute-arena they are SGLang's own rows"):
+        ShmRouteReader({"meta_info": {"routed_experts": native}})
