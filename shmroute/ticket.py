@@ -233,8 +233,8 @@ def _skim(envelope: bytes | bytearray | memoryview) -> SkimmedTicket | InlineRec
         magic, version, kind, body, _pad = fields
     except Exception as error:  # msgpack raises a dozen types for garbage
         raise InvalidTicket(
-            f"{len(envelope)} bytes are no shmroute ticket ({type(error).__name__}: {error}). "
-            "Of an engine without --shmroute-arena they are SGLang's own rows"
+            f"these {len(envelope)} bytes are no shmroute ticket ({type(error).__name__}: {error})"
+            "; from an engine without --shmroute-arena they are SGLang's own rows"
         ) from error
     if magic != _MAGIC:
         raise InvalidTicket(f"these {len(envelope)} bytes are no shmroute ticket: no mark")
