@@ -17,7 +17,7 @@ is processed (the scheduler waited for it), so the gather need not wait for it.
 
 Why staging: a kernel can write into the page-locked arena itself, by five calls of the driver less.
 But it keeps multiprocessors waiting for PCIe, and the forward beside it waits with them: for two
-thirds of that time and more, on an H200, where the copy engine takes a tenth.
+thirds of that time and more, where the copy engine takes a tenth (H200, a script that is not kept).
 
 The snapshot and the schedule stream
     SGLang rewrites the request's row of ``req_to_token`` right after the hook, on the schedule
@@ -118,7 +118,7 @@ class DeviceGatherer:
             arena.memory.description.heap_bytes,
             what=f"arena {arena.segment.data}",
             device=self.device.index,
-            # A gauge that nothing else of this bank writes to.
+            # By its own thread: no other one writes to this gauge.
             locked=lambda: counters.set("page_locked_bytes", arena.memory.heap.nbytes),
         )
         # torch hands out streams of a small pool in turns. Those of another priority are none

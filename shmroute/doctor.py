@@ -99,14 +99,14 @@ def _sglang(capacity: int) -> Iterator[Finding]:
         yield Finding("sglang", NOTE, "not installed in this environment", remedy)
         return
     version = tuple(int(part) for part in re.findall(r"\d+", found)[:3])
-    oldest, newest = (".".join(map(str, bound)) for bound in (OLDEST_SGLANG, NEWEST_SGLANG))
+    named = OLDEST_SGLANG, NEWEST_SGLANG, SGLANG_ON_GPUS
+    oldest, newest, tested = (".".join(map(str, one)) for one in named)
     if version < OLDEST_SGLANG:
         yield Finding("sglang", PROBLEM, found, f"pip install 'sglang>={oldest}'")
     elif version > NEWEST_SGLANG:
         remedy = "nothing, if the engine starts: it stops at start where a hook site has changed"
         yield Finding("sglang", NOTE, f"{found}, newer than {newest}", remedy)
     elif version != SGLANG_ON_GPUS and _GPU_DEVICE.exists():
-        tested = ".".join(map(str, SGLANG_ON_GPUS))
         remedy = (
             f"nothing, if --shmroute-shadow finds no difference; or pip install sglang=={tested}"
         )
