@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmroute import reaper, segments
+from shmroute.arena import check_geometry
 
 from . import settings, sites
 from .errors import StartRefused
@@ -120,6 +121,7 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
     if not resolved.enable_return_routed_experts:
         raise StartRefused("the ServerArgs were resolved without enable_return_routed_experts")
     refuse_features(resolved)
+    _check_capacity(wanted)
     if envs.SGLANG_RUST_SERVER.get():
         raise StartRefused("SGLANG_RUST_SERVER: its responses do not pass where tickets are put in")
     reaper.reap(wanted.arena)
@@ -129,6 +131,14 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
     segments.check_memory(wanted.capacity * ranks, wanted.arena)
     _hook_launcher()
     _launched.add(wanted.arena)
+
+
+def _check_capacity(wanted: Settings) -> None:
+    """What no model's rows would fit need not wait for the model's."""
+    try:
+        check_geometry(1, wanted.capacity, wanted.slots)
+    except ValueError as error:
+        raise StartRefused(f"--shmroute-capacity, --shmroute-slots: {error}") from error
 
 
 def _check_imports() -> None:

@@ -152,7 +152,7 @@ class Arena:
         """
         segments.check_arena_name(name)
         size = layout.align(parse_size(capacity), layout.PAGE)
-        _check_geometry(routes, size, slots)
+        check_geometry(routes.row_bytes, size, slots)
         _reap_predecessors(name)
         claim = _Claim(slots)
         try:
@@ -244,17 +244,16 @@ def _reap_predecessors(name: str) -> None:
         logger.exception("could not clean up after dead arenas named %s", name)
 
 
-def _check_geometry(routes: layout.RouteLayout, size: int, slots: int) -> None:
+def check_geometry(row_bytes: int, size: int, slots: int) -> None:
+    """Raise ValueError unless ``size`` bytes hold the tables of ``slots`` slots and one row."""
     if not 1 <= slots <= layout.MAX_SLOTS:
         raise ValueError(f"slots is {slots}; 1 to {layout.MAX_SLOTS} are possible")
     least = layout.MIN_TABLE_BYTES + slots * layout.SLOT_BYTES
-    least = (
-        layout.align(least, layout.PAGE) + layout.plan_extent(routes.row_bytes, 64, 1).total_bytes
-    )
+    least = layout.align(least, layout.PAGE) + layout.plan_extent(row_bytes, 64, 1).total_bytes
     if size < least:
         raise ValueError(
-            f"a capacity of {size} bytes cannot hold the tables of {slots} slots and one row of "
-            f"{routes.row_bytes} bytes: at least {least} bytes are needed"
+            f"a capacity of {size} bytes cannot hold the tables of {slots} slots and one row: at "
+            f"least {least} bytes are needed"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
     arena
         With rids: the arena's name; None searches all of this user's arenas.
     timeout
-        Seconds to wait for a record that is still in flight.
+        Seconds to wait for records that are still in flight, or not known yet, all together.
 
     Raises
     ------
@@ -37,9 +38,11 @@ def release(sources: Any, *, arena: str | None = None, timeout: float = 5.0) -> 
     """
     released = 0
     failures: list[ShmRouteError] = []
+    deadline = time.monotonic() + timeout
     for source in itertools.chain.from_iterable(map(records_of, as_many(sources))):
         try:
-            with ShmRouteReader(source, arena=arena, timeout=timeout, allow_missing=True) as routes:
+            left = max(0.0, deadline - time.monotonic())
+            with ShmRouteReader(source, arena=arena, timeout=left, allow_missing=True) as routes:
                 routes.release()
                 released += not routes.inline
         except (RouteGone, RouteFailed, WriterDied):

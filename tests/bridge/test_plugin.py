@@ -68,6 +68,17 @@ def test_the_cpu_platform_offers_itself_only_by_its_name(
     assert shmroute_cpu_platform.activate() is not None
 
 
+def test_an_engine_that_is_given_no_device_gets_the_cpu(
+    sglang: SimpleNamespace, tmp_path: Path
+) -> None:
+    from small_models import qwen3_moe
+
+    model = qwen3_moe(tmp_path, num_experts=8, layers=1, hidden=32, expert_width=8)
+    arguments = sglang.ServerArgs(model_path=str(model), skip_tokenizer_init=True)
+    arguments.resolve_once()
+    assert sglang.resolving_view(arguments).device == "cpu"
+
+
 def test_help_shows_the_flags(help_text: str) -> None:
     for flag in (
         "arena", "capacity", "slots", "table", "on-full", "retention", "keep-versions",

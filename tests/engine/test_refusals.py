@@ -7,6 +7,7 @@ renamed, launcher    a hook site has another name; the launcher notices
 renamed, scheduler   it has another name in the scheduler process only
 hierarchical cache   a refused feature, over the command line
 trainer              the same in a server that a trainer starts from Python in a child process
+small capacity       tables of 16,384 slots do not fit an arena of 1 MiB
 small shm            a /dev/shm of 64 MiB (needs the right to mount)
 ===================  =============================================================================
 """
@@ -64,6 +65,13 @@ def starts(
             env={**CALM, "SHMROUTE_ARENA": ARENA, "SHMROUTE_CAPACITY": "16MiB"},
             log=folder / "trainer.log",
         ),
+        "small capacity": ServerProcess(
+            model,
+            f"--shmroute-arena={ARENA}",
+            "--shmroute-capacity=1MiB",
+            env=CALM,
+            log=folder / "capacity.log",
+        ),
         "small shm": SmallShmServer(
             model, f"--shmroute-arena={ARENA}", env=CALM, log=folder / "small.log"
         ),
@@ -107,6 +115,18 @@ def test_a_hook_site_that_only_the_scheduler_lacks_stops_the_engine(log: str) ->
 def test_a_refused_feature_stops_the_start_with_its_reason(log: str) -> None:
     assert "hierarchical cache does not go with --shmroute-arena" in log
     assert "it writes KV without a forward, which no tag would notice" in log
+    assert "Load weight begin" not in log
+
+
+@pytest.mark.parametrize("log", ["small capacity"], indirect=True)
+def test_a_capacity_that_no_row_fits_stops_the_start_with_figures(log: str) -> None:
+    said = re.search(
+        r"StartRefused: --shmroute-capacity, --shmroute-slots: a capacity of 1048576 bytes cannot "
+        r"hold the tables of 16384 slots and one row: at least (\d+) bytes are needed",
+        log,
+    )
+    assert said is not None, log[-3000:]
+    assert int(said[1]) > 1 << 20
     assert "Load weight begin" not in log
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from actors import add
 
@@ -64,6 +66,16 @@ def test_release_goes_on_behind_a_source_that_cannot_be_released(make_arena):
         shmroute.release(["nobody", record.ticket], arena=arena.name, timeout=0)
     with pytest.raises(RouteGone):
         ShmRouteReader(record.ticket)
+
+
+def test_release_waits_for_all_that_nobody_knows_together(make_arena):
+    arena = make_arena()
+    began = time.monotonic()
+    with pytest.raises(RouteNotFound, match="nobody-0"):
+        shmroute.release(
+            [f"nobody-{number}" for number in range(20)], arena=arena.name, timeout=0.5
+        )
+    assert 0.5 <= time.monotonic() - began < 5
 
 
 def test_an_unattended_writer_reclaims_whatever_a_large_record_needs(make_arena):

@@ -21,6 +21,11 @@ class PlainCpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def get_device(self, device_id: int = 0) -> str:
+        # A text, which SGLang splits: its CPU's own answer is a torch.device, and ends the start of
+        # an engine that was given no device.
+        return "cpu"
+
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
