@@ -32,7 +32,7 @@ import httpx
 import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
-SGLANG_FILES = re.compile(r"sglang_loads_|sem\.mp-|sgl_shm_|psm_")
+SGLANG_FILES = re.compile(r"sglang_loads_|sem\.(?:mp|loky)-|sgl_shm_|psm_")
 MAPPED_INODE = re.compile(r" (\d+) +/dev/shm/")
 
 #: What SGLang needs in order to run on a plain CPU, for every configuration.
