@@ -5,6 +5,9 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3,\
 VENV := .venv/bin/python
 TOOLS := .venv/environment/bin
 
+# By two processes, each of which has whole files: see tests/conftest.py.
+PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 # Else each of the hundreds of processes that the tests start compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -21,10 +24,10 @@ demo-r3: setup
 	@$(VENV) bench/r3.py
 
 test: setup
-	$(VENV) -m pytest
+	$(PYTEST)
 
 test-fast: setup
-	$(VENV) -m pytest -m "not engine and not gate"
+	$(PYTEST) -m "not engine and not gate"
 
 lint: setup
 	$(TOOLS)/ruff check .

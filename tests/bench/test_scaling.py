@@ -24,13 +24,10 @@ def start_short(folder):
     return ShortRun(folder, "scaling.py", "bench-scaling")
 
 
-BESIDE = {"short": start_short}
-
-
 @pytest.fixture(scope="module")
-def short(beside, valid_rows):
+def short(processes, valid_rows):
     """The rows of a short run."""
-    return valid_rows(beside.done(start_short))
+    return valid_rows(processes.done(start_short))
 
 
 @pytest.mark.parametrize(("cost", "unit"), FLAT_COSTS.items())
@@ -49,7 +46,6 @@ def test_a_cost_is_flat_up_to_the_size_before_it_first_rises_by_a_quarter():
     assert flat_up_to({1: 100.0, 10: 50.0}) == 10
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_interrupted_it_leaves_no_arena(start_bench):
     before = set(shared_memory_files())
     process = start_bench("scaling.py", "bench-scaling")

@@ -36,13 +36,10 @@ def start_short(folder):
     return ShortRun(folder, "transports.py", "bench-store")
 
 
-BESIDE = {"short": start_short}
-
-
 @pytest.fixture(scope="module")
-def short(beside, valid_rows):
+def short(processes, valid_rows):
     """By name, the figures of a short run, whose result file is complete."""
-    return {row["name"]: row["value"] for row in valid_rows(beside.done(start_short))}
+    return {row["name"]: row["value"] for row in valid_rows(processes.done(start_short))}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -65,7 +62,6 @@ def test_a_killed_reader_costs_the_arena_nothing(short):
     assert short[f"{killed}: left in shared memory"] == 0
 
 
-@pytest.mark.usefixtures("nothing_beside")
 def test_interrupted_it_leaves_neither_processes_nor_files(start_bench):
     before = set(shared_memory_files())
     process = start_bench("transports.py", "bench-store", "--quick")

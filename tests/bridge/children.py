@@ -13,7 +13,7 @@ ON_CPU = {"SGLANG_PLATFORM": "shmroute_cpu"}
 
 
 class Child:
-    """One child process, which runs beside the tests; see ``beside``."""
+    """One child process, which works by itself; see ``processes``."""
 
     def __init__(self, folder: Path, *argv: str, **environment: str) -> None:
         kept = {

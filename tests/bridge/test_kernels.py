@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from beside import Beside
 from children import ON_CPU, Child
+from processes import Processes
 
 HERE = Path(__file__).parent
 
@@ -30,21 +30,18 @@ def start_captures(folder: Path) -> Child:
     return start(folder, *options, str(HERE / "capture_cases.py"), **ON_CPU)
 
 
-BESIDE = {"kernels_interpreted": start_kernels, "captures_interpreted": start_captures}
-
-
 @pytest.fixture
-def kernels_interpreted(beside: Beside) -> str:
+def kernels_interpreted(processes: Processes) -> str:
     """What pytest said of the cases, which all passed."""
     pytest.importorskip("triton", reason="this torch came without Triton")
-    return beside.done(start_kernels).output()
+    return processes.done(start_kernels).output()
 
 
 @pytest.fixture
-def captures_interpreted(sglang: SimpleNamespace, beside: Beside) -> str:
+def captures_interpreted(sglang: SimpleNamespace, processes: Processes) -> str:
     """The same."""
     pytest.importorskip("triton", reason="this torch came without Triton")
-    return beside.done(start_captures).output()
+    return processes.done(start_captures).output()
 
 
 def test_the_kernels_do_what_torch_does_in_every_case(kernels_interpreted: str) -> None:

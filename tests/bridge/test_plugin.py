@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import shmroute_cpu_platform
-from beside import Beside
 from children import ON_CPU, Child
+from processes import Processes
 
 from sglang_bridge.errors import StartRefused
 from shmroute import segments
@@ -27,17 +27,14 @@ def start_help(folder: Path) -> Child:
     return Child(folder, "-m", "sglang.launch_server", "--help", **ON_CPU)
 
 
-BESIDE = {"seen": start_without_arena, "help_text": start_help}
+@pytest.fixture(scope="module")
+def seen(processes: Processes) -> list[dict[str, Any]]:
+    return json.loads(processes.done(start_without_arena).output().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def seen(beside: Beside) -> list[dict[str, Any]]:
-    return json.loads(beside.done(start_without_arena).output().splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def help_text(beside: Beside) -> str:
-    return beside.done(start_help).output()
+def help_text(processes: Processes) -> str:
+    return processes.done(start_help).output()
 
 
 def test_without_an_arena_no_hook_is_registered_in_launcher_and_children(

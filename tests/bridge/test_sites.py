@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from beside import Beside
 from children import ON_CPU, Child
+from processes import Processes
 
 from sglang_bridge import sites
 
@@ -25,13 +25,10 @@ def start_wrong_sglang(folder: Path) -> Child:
     return Child(folder, str(Path(__file__).with_name("wrong_sglang.py")), **ON_CPU)
 
 
-BESIDE = {"found": start_wrong_sglang}
-
-
 @pytest.fixture(scope="module")
-def found(beside: Beside) -> dict[str, str | None]:
+def found(processes: Processes) -> dict[str, str | None]:
     """What the start check said about each change to a real SGLang."""
-    return json.loads(beside.done(start_wrong_sglang).output().splitlines()[-1])
+    return json.loads(processes.done(start_wrong_sglang).output().splitlines()[-1])
 
 
 def test_this_sglang_is_known(found: dict[str, str | None]) -> None:

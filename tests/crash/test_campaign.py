@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from benches import ShortRun
-from beside import Beside
 from crash_audit import KINDS
 from crash_points import POINTS
+from processes import Processes
 
 # It takes 12 s on an idle machine; what takes so much longer hangs.
 LIMIT_SECONDS = 60.0
@@ -48,24 +48,21 @@ def start_one_point(folder: Path) -> ShortRun:
     return start(folder, "--seed", "7", "--point", "seal 3", "--kills", "1", "--reads", "1")
 
 
-BESIDE = {"short": start, "one_point": start_one_point}
-
-
 def figures_of(run: ShortRun) -> dict[str, Any]:
     return {row["name"]: row["value"] for row in run.result()["rows"]}
 
 
 @pytest.fixture(scope="module")
-def short(beside: Beside) -> tuple[str, dict[str, Any]]:
+def short(processes: Processes) -> tuple[str, dict[str, Any]]:
     """Output of the short form and, by name, its figures."""
-    run = beside.done(start, LIMIT_SECONDS)
+    run = processes.done(start, LIMIT_SECONDS)
     return run.said, figures_of(run)
 
 
 @pytest.fixture(scope="module")
-def one_point(beside: Beside) -> dict[str, Any]:
+def one_point(processes: Processes) -> dict[str, Any]:
     """Figures of a campaign at one kill point."""
-    return figures_of(beside.done(start_one_point, LIMIT_SECONDS))
+    return figures_of(processes.done(start_one_point, LIMIT_SECONDS))
 
 
 def test_every_kill_point_is_hit(short):

@@ -26,13 +26,10 @@ def start_short(folder):
     return ShortRun(folder, "soak.py", "soak", "--seconds", "10", "--seed", "5")
 
 
-BESIDE = {"short": start_short}
-
-
 @pytest.fixture(scope="module")
-def short(beside):
+def short(processes):
     """Output and, by name, rows of a run of ten seconds."""
-    run = beside.done(start_short)
+    run = processes.done(start_short)
     rows = {row["name"]: row for row in run.result()["rows"]}
     assert run.files() == []
     return run.said, rows

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from beside import Beside
 from peer_process import ROOT, PeerProcess
+from processes import Processes
 from rollouts import NUM_LAYERS, TOP_K, rollout
 
 PYTHON = ROOT / ".venv/miles/bin/python"
@@ -20,12 +20,9 @@ def start_miles(folder: Path) -> PeerProcess:
     return PeerProcess(PYTHON, "miles_cases.py", folder / "errors")
 
 
-BESIDE = {"miles": start_miles}
-
-
 @pytest.fixture(scope="module")
-def miles(beside: Beside) -> Iterator[PeerProcess]:
-    process = beside.done(start_miles)
+def miles(processes: Processes) -> Iterator[PeerProcess]:
+    process = processes.done(start_miles)
     yield process
     process.end()
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from beside import Beside
 from peer_process import ROOT, PeerProcess
+from processes import Processes
 from rollouts import TOP_K, rollout
 
 
@@ -21,12 +21,9 @@ def start_verl(folder: Path) -> PeerProcess:
     return PeerProcess(Path(sys.executable), "verl_cases.py", folder / "errors")
 
 
-BESIDE = {"verl": start_verl}
-
-
 @pytest.fixture(scope="module")
-def verl(beside: Beside) -> Iterator[PeerProcess]:
-    process = beside.done(start_verl)
+def verl(processes: Processes) -> Iterator[PeerProcess]:
+    process = processes.done(start_verl)
     yield process
     process.end()
 
