@@ -65,6 +65,7 @@ from shmroute import inspection
 LAYERS, EXPERTS, TOP_K = 12, 128, 8
 KV_TOKENS = 32768
 CAPACITY = 16 << 20
+SETTLE_SECONDS = 5.0
 SERVER_ARGS = (
     f"--max-total-tokens={KV_TOKENS}",
     "--chunked-prefill-size=512",
@@ -281,8 +282,15 @@ class Demo:
     def left_in_shm(self) -> list[str]:
         """New files of the demo's arena or of SGLang's kinds that no other living process uses.
 
-        Whatever process made them: ``ServerProcess`` removes those that it has seen in use.
+        Whatever process made them: ``ServerProcess`` removes those that it has seen in use. Those
+        of another engine that ends meanwhile are not there for long, and are waited for.
         """
+        until = time.monotonic() + SETTLE_SECONDS
+        while (left := self._unused_in_shm()) and time.monotonic() < until:
+            time.sleep(0.1)
+        return left
+
+    def _unused_in_shm(self) -> list[str]:
         ours = re.compile(f"shmroute-\\d+-{self.arena}-|{SGLANG_FILES.pattern}")
         others = (p.pid for p in psutil.process_iter() if p.pid != os.getpid())
         in_use = set().union(*map(inodes_in_use, others))
