@@ -192,7 +192,7 @@ def _output(results: Results) -> Iterator[tuple[str, ...]]:
     """Output of the real engine while 160 requests finish in one step, of that without routes.
 
     Each share is one result's, so of one GPU; of several results their median, of those without a
-    trace where there are some.
+    trace where there are some, and the lowest and highest of all.
     """
     shares, used = [], []
     for way in ("arena", "native"):
@@ -202,14 +202,16 @@ def _output(results: Results) -> Iterator[tuple[str, ...]]:
             for each in results.of("engine")
             if each.machine["gpu"] and any(each.matching(name))
         ]
-        found = [each for each in found if "--trace" not in each.command] or found
         if not found:
             return
-        shares.append(f"{results.median(found, name):.1f}%")
+        untraced = [each for each in found if "--trace" not in each.command] or found
+        all_shares = [each.value(name) for each in found]
+        range_of_all = f" ({min(all_shares):.1f} to {max(all_shares):.1f})" * (len(found) > 1)
+        shares.append(f"{results.median(untraced, name):.1f}%{range_of_all}")
         used += found
     yield (
         "output with routes, of that without, 160 requests that finish in one step: median of the "
-        "results, untraced ones where there are",
+        "results, untraced ones where there are (of all)",
         *shares,
         "",
         *_origin(*used),
