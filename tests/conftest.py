@@ -29,6 +29,13 @@ ENGINES_IN_A_ROW = tuple(
     f"tests/engine/test_{name}.py"
     for name in ("models", "parallel", "scheduling", "requests", "integrity", "starts_and_ends")
 )
+# Beside the row: benchmarks look for what any of them leaves in shared memory, the demo for what
+# any engine does, and one of the faults is an engine that is killed and left so for a while.
+TOGETHER = (
+    ENGINES_IN_A_ROW,
+    ("tests/bench/",),
+    ("tests/engine/test_demo.py", "tests/engine/test_faults.py"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,14 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand out whole files, and as if they were one: the engines in a row, and benchmarks, which
-    look for what any of them leaves in shared memory.
-    """
+    """Hand out whole files, and some as if they were one: see ``TOGETHER``."""
     from xdist.scheduler import LoadFileScheduling
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            for together in (ENGINES_IN_A_ROW, "tests/bench/"):
+            for together in TOGETHER:
                 if nodeid.startswith(together):
                     return str(together)
             return super()._split_scope(nodeid)
