@@ -39,7 +39,6 @@ from typing import Any, NoReturn
 import httpx
 import numpy as np
 import orjson
-import psutil
 import pybase64
 import r3_plot
 import r3_report
@@ -50,7 +49,7 @@ from engine_process import (
     SGLANG_FILES,
     EngineStartError,
     ServerProcess,
-    inodes_in_use,
+    left_behind,
     shared_memory_files,
 )
 from engine_setup import has_gpu
@@ -65,7 +64,6 @@ from shmroute import inspection
 LAYERS, EXPERTS, TOP_K = 12, 128, 8
 KV_TOKENS = 32768
 CAPACITY = 16 << 20
-SETTLE_SECONDS = 5.0
 SERVER_ARGS = (
     f"--max-total-tokens={KV_TOKENS}",
     "--chunked-prefill-size=512",
@@ -282,23 +280,10 @@ class Demo:
     def left_in_shm(self) -> list[str]:
         """New files of the demo's arena or of SGLang's kinds that no other living process uses.
 
-        Whatever process made them: ``ServerProcess`` removes those that it has seen in use. Those
-        of another engine that ends meanwhile are not there for long, and are waited for.
+        Whatever process made them: ``ServerProcess`` removes those that it has seen in use.
         """
-        until = time.monotonic() + SETTLE_SECONDS
-        while (left := self._unused_in_shm()) and time.monotonic() < until:
-            time.sleep(0.1)
-        return left
-
-    def _unused_in_shm(self) -> list[str]:
         ours = re.compile(f"shmroute-\\d+-{self.arena}-|{SGLANG_FILES.pattern}")
-        others = (p.pid for p in psutil.process_iter() if p.pid != os.getpid())
-        in_use = set().union(*map(inodes_in_use, others))
-        return [
-            name
-            for name, inode in shared_memory_files().items()
-            if ours.match(name) and inode not in self._before and inode not in in_use
-        ]
+        return left_behind(ours, self._before)
 
 
 def by_ticket(trainer: TrainerProcess, finished: Finished) -> tuple[Delivery, int]:

@@ -33,6 +33,7 @@ import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
 SGLANG_FILES = re.compile(r"sglang_loads_|sem\.(?:mp|loky)-|sgl_shm_|psm_")
+SETTLE_SECONDS = 5.0
 MAPPED_INODE = re.compile(r" (\d+) +/dev/shm/")
 
 #: What SGLang needs in order to run on a plain CPU, for every configuration.
@@ -98,6 +99,26 @@ def processes_of(session: int) -> Iterator[psutil.Process]:
         with contextlib.suppress(ProcessLookupError, psutil.Error):
             if os.getsid(process.pid) == session:
                 yield process
+
+
+def left_behind(names: re.Pattern[str], before: Collection[int]) -> list[str]:
+    """Files in /dev/shm, but for these inodes, whose names match and that no other living process
+    uses. Those of an engine that just ends go in a moment, and are waited for.
+    """
+    until = time.monotonic() + SETTLE_SECONDS
+    while (left := _unused(names, before)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return left
+
+
+def _unused(names: re.Pattern[str], before: Collection[int]) -> list[str]:
+    others = (process.pid for process in psutil.process_iter() if process.pid != os.getpid())
+    in_use = set().union(*map(inodes_in_use, others))
+    return [
+        name
+        for name, inode in shared_memory_files().items()
+        if names.match(name) and inode not in before and inode not in in_use
+    ]
 
 
 def remove_sglang_files(inodes: Collection[int]) -> None:

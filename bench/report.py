@@ -206,8 +206,10 @@ def _output(results: Results) -> Iterator[tuple[str, ...]]:
             return
         untraced = [each for each in found if "--trace" not in each.command] or found
         all_shares = [each.value(name) for each in found]
-        range_of_all = f" ({min(all_shares):.1f} to {max(all_shares):.1f})" * (len(found) > 1)
-        shares.append(f"{results.median(untraced, name):.1f}%{range_of_all}")
+        share = f"{results.median(untraced, name):.1f}%"
+        if len(found) > 1:
+            share += f" ({min(all_shares):.1f} to {max(all_shares):.1f})"
+        shares.append(share)
         used += found
     yield (
         "output with routes, of that without, 160 requests that finish in one step: median of the "

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmroute import reaper, segments
-from shmroute.arena import check_geometry
+from shmroute.arena import checked_size
 
 from . import settings, sites
 from .errors import StartRefused
@@ -136,7 +136,7 @@ def prepare_launch(wanted: Settings, arguments: Any) -> None:
 def _check_capacity(wanted: Settings) -> None:
     """What no model's rows would fit need not wait for the model's."""
     try:
-        check_geometry(1, wanted.capacity, wanted.slots)
+        checked_size(wanted.capacity, wanted.slots, row_bytes=1)
     except ValueError as error:
         raise StartRefused(f"--shmroute-capacity, --shmroute-slots: {error}") from error
 

@@ -151,8 +151,7 @@ class Arena:
             A name, size or number of slots that cannot be.
         """
         segments.check_arena_name(name)
-        size = layout.align(parse_size(capacity), layout.PAGE)
-        check_geometry(routes.row_bytes, size, slots)
+        size = checked_size(capacity, slots, routes.row_bytes)
         _reap_predecessors(name)
         claim = _Claim(slots)
         try:
@@ -244,17 +243,25 @@ def _reap_predecessors(name: str) -> None:
         logger.exception("could not clean up after dead arenas named %s", name)
 
 
-def check_geometry(row_bytes: int, size: int, slots: int) -> None:
-    """Raise ValueError unless ``size`` bytes hold the tables of ``slots`` slots and one row."""
+def checked_size(capacity: int | str, slots: int, row_bytes: int) -> int:
+    """Bytes of the data segment of that capacity, which is rounded up to whole pages.
+
+    Raises
+    ------
+    ValueError
+        It is no size, there cannot be so many slots, or their tables and one row do not fit.
+    """
+    size = layout.align(parse_size(capacity), layout.PAGE)
     if not 1 <= slots <= layout.MAX_SLOTS:
         raise ValueError(f"slots is {slots}; 1 to {layout.MAX_SLOTS} are possible")
     least = layout.MIN_TABLE_BYTES + slots * layout.SLOT_BYTES
     least = layout.align(least, layout.PAGE) + layout.plan_extent(row_bytes, 64, 1).total_bytes
     if size < least:
         raise ValueError(
-            f"a capacity of {size} bytes cannot hold the tables of {slots} slots and one row: at "
-            f"least {least} bytes are needed"
+            f"a capacity of {size} bytes cannot hold the tables of {slots} slots and one row of "
+            f"{row_bytes} bytes or more: at least {least} bytes are needed"
         )
+    return size
 
 
 class _Claim:

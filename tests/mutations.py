@@ -1,6 +1,6 @@
 """Take the guards of the protocol out, one at a time, and see which test notices.
 
-    python tests/mutations.py                     every guard, about 2 minutes on 2 cores
+    python tests/mutations.py                     every guard, 3 to 10 minutes on 2 cores
     python tests/mutations.py --only reaper       those with this word in name or file
     python tests/mutations.py --json PATH         and write the result file
 

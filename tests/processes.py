@@ -1,4 +1,4 @@
-"""Long processes whose outcome several tests look at, each started when the first of them asks."""
+"""Long processes whose outcome several tests look at; a fixture of their module starts each."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ class Processes:
 
     def __init__(self, make_folder: Callable[[], Path]) -> None:
         self._make_folder = make_folder
-        self._started: dict[Start, Any] = {}
+        self._started: list[Process] = []
 
     def done(self, start: Start, seconds: float = MOST_SECONDS) -> Any:
         """What ``start`` starts, given an empty folder, when it has done its work, for which it
         has so long.
         """
-        if start not in self._started:
-            self._started[start] = start(self._make_folder())
-        process = self._started[start]
+        process = start(self._make_folder())
+        self._started.append(process)
         until = time.monotonic() + seconds
         while not process.is_done():
             if time.monotonic() > until:
@@ -53,5 +52,5 @@ class Processes:
         return process
 
     def end(self) -> None:
-        for process in self._started.values():
+        for process in self._started:
             process.end()
